@@ -1,0 +1,5 @@
+"""Faces: find one, follow its 468 landmarks through a video (the preprocessing every lip-sync model assumes).
+
+Public names: `FaceDetector`, `FaceMesh`, `FaceTracker`, `FaceTrack`. Import them from their own modules, e.g.
+`from lipstream.faces.track import FaceTracker`.
+"""
