@@ -23,7 +23,7 @@ def guided(x_cond: Tensor, x_null: Tensor, scale: Tensor | float) -> Tensor:
 def sync_window_scale(
     t: Tensor, scale: float, window: tuple[float, float] = SYNC_WINDOW, *, reverse: bool = False
 ) -> Tensor:
-    """w(t) = scale inside the closed window and 1 outside, [B] float64; `reverse` swaps both (an ablation)."""
+    """w(t) = scale inside the closed window, 1 outside, [B] float64; `reverse` swaps (an ablation)."""
     low, high = window
     inside = (t >= low) & (t <= high)
     gate = inside ^ reverse

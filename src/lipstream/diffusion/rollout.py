@@ -1,8 +1,8 @@
 """Chunk by chunk through a clip: the one loop used by the pipeline, live sessions, distillation and analysis.
 
-Per chunk: call 1 at t = 0.999, renoise, call 2 at t = 0.769, and a clean pass at t = 0 that stores the keys of the
-result for the chunks to come. The clean pass is a separate method: who is in a hurry shows the chunk first and
-pays later; `step` pays first what is still owed.
+Per chunk: call 1 at t = 0.999, renoise, call 2 at t = 0.769, and a clean pass at t = 0 that stores the keys
+of the result for the chunks to come. The clean pass is a separate method: who is in a hurry shows the chunk
+first and pays later; `step` pays first what is still owed.
 
     rollout = Rollout(model, batch=1, height=32, width=32, seed=0)
     for start in range(0, latent_frames, 3):
@@ -50,8 +50,8 @@ class RolloutSnapshot:
 class Rollout:
     """The causal student on one clip; see the module docstring.
 
-    height, width: latent cells. guidance: audio guidance scale; other than 1 runs a null-audio branch beside the
-    conditional one over the same history. times: the calls' times and, last, the time of the clean pass.
+    height, width: latent cells. guidance: audio guidance scale; other than 1 runs a null-audio branch beside
+    the conditional one over the same history. times: the calls' times and, last, the time of the clean pass.
     cache: replaces the model's own kind (another window, absolute positions).
     """
 
@@ -104,7 +104,8 @@ class Rollout:
             if branches is conditions:
                 return self.model.predict(x, t, conditions, cache=self.cache).x0
             both = self.model.predict(x.repeat(2, 1, 1, 1, 1), t.repeat(2), branches, cache=self.cache).x0
-            return guided(*both.chunk(2), self.guidance)
+            x_cond, x_null = both.chunk(2)
+            return guided(x_cond, x_null, self.guidance)
 
         x0 = few_step(denoise, noise, self.times[:-1], exit_call=exit_call)
         self._owed = Owed(x0=x0.detach(), conditions=conditions)
@@ -113,7 +114,7 @@ class Rollout:
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Run the owed clean pass, if any: the result enters the cache, always conditional and without gradient."""
+        """Run the owed clean pass, if any: keys of the result enter the cache, conditional, no gradient."""
         if self._owed is None:
             return
         x0, conditions = self._owed.x0, self._owed.conditions

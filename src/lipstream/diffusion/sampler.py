@@ -1,7 +1,7 @@
 """The few-step sampler of one chunk: denoise, renoise with fresh noise, denoise again.
 
-All noise of chunk k comes from a generator seeded by (seed, k) alone: cutting a clip differently, or making it
-longer, never changes the noise of a chunk.
+All noise of chunk k comes from a generator seeded by (seed, k) alone: cutting a clip differently, or making
+it longer, never changes the noise of a chunk.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 #: Number of the call in the chunk (0 = the initial noise) -> noise [B, C, T, H, W].
 Noise = Callable[[int], Tensor]
 
-_MIX = (
-    0x9E3779B97F4A7C15  # odd 64-bit constant: neighbouring (seed, chunk) pairs get far apart generator seeds
-)
+_MIX = 0x9E3779B97F4A7C15  # odd 64-bit constant: neighbouring (seed, chunk) pairs get far apart generator seeds
 
 
 def chunk_generator(seed: int, chunk: int) -> torch.Generator:
@@ -40,9 +38,7 @@ def generated_noise(
     return draw
 
 
-def few_step(
-    denoise: Denoise, noise: Noise, times: Sequence[float], *, exit_call: int | None = None
-) -> Tensor:
+def few_step(denoise: Denoise, noise: Noise, times: Sequence[float], *, exit_call: int | None = None) -> Tensor:
     """Denoise at each of `times` (paper: 0.999, 0.769) from pure noise; returns the last x0.
 
     exit_call stops after that call (self-forcing draws it at random): only this call keeps gradients.

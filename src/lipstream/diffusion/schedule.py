@@ -1,8 +1,8 @@
 """The noise schedule: rectified flow with a shifted time grid, as pure functions.
 
-t runs from 0 (clean) to 1 (noise); the network sees 1000 t. Times are float64, arithmetic is float64 and results
-have the dtype of the latents, so that half precision latents are rounded once. Latents are [B, C, T, H, W]; times
-are [B] or, for diffusion forcing, one per latent frame [B, T].
+t runs from 0 (clean) to 1 (noise); the network sees 1000 t. Times are float64, arithmetic is float64 and
+results have the dtype of the latents, so that half precision latents are rounded once. Latents are [B, C, T,
+H, W]; times are [B] or, for diffusion forcing, one per latent frame [B, T].
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipstream.models.dit import chunk_ranges
+from lipstream.streaming.windows import chunk_ranges
 
 SHIFT = 5.0
 T_MAX = 0.999
@@ -36,19 +36,15 @@ def sampling_sigmas(steps: int = 50, shift: float = SHIFT) -> Tensor:
 
 
 def distillation_time(uniform: Tensor) -> Tensor:
-    """Times of distribution matching from draws in [0, 1): u = .001 + .998 r, shifted, limited to [.001, .999]."""
+    """Distribution matching, draws r in [0, 1): u = .001 + .998 r, shifted, limited to [.001, .999]."""
     return shift_time(0.001 + 0.998 * uniform.to(torch.float64)).clamp(0.001, T_MAX)
 
 
-def times_per_latent_frame(
-    chunk_steps: Tensor, latent_frames: int, chunk: int, times: tuple[float, ...]
-) -> Tensor:
+def times_per_latent_frame(chunk_steps: Tensor, latent_frames: int, chunk: int, times: tuple[float, ...]) -> Tensor:
     """Diffusion forcing: each chunk has one of `times`. chunk_steps [B, chunks] -> t [B, T], float64."""
     ranges = chunk_ranges(latent_frames, chunk)
     if chunk_steps.shape[1] != len(ranges):
-        raise ValueError(
-            f"{latent_frames} latent frames are {len(ranges)} chunks, got {chunk_steps.shape[1]} steps"
-        )
+        raise ValueError(f"{latent_frames} latent frames are {len(ranges)} chunks, got {chunk_steps.shape[1]} steps")
     lengths = torch.tensor([end - start for start, end in ranges], device=chunk_steps.device)
     drawn = torch.tensor(times, dtype=torch.float64, device=chunk_steps.device)[chunk_steps]
     return drawn.repeat_interleave(lengths, dim=1)

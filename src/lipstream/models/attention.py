@@ -1,7 +1,7 @@
 """Scaled dot-product attention behind one function with named backends.
 
-"sdpa" is torch's kernel; "tiled" walks over tiles of 512 queries with two matrix products and a softmax, which wins
-on CPUs whose SDPA is slow and bounds the memory of the score matrix. "auto" is "sdpa".
+"sdpa" is torch's kernel; "tiled" walks over tiles of 512 queries with two matrix products and a softmax,
+which wins on CPUs whose SDPA is slow and bounds the memory of the score matrix. "auto" is "sdpa".
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ Backend = Literal["auto", "sdpa", "tiled"]
 QUERY_TILE = 512
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto"
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
     """softmax(q kᵀ / √d) v with q [B, heads, N, d], k and v [B, heads, M, d] -> [B, heads, N, d].
 
     mask: boolean, broadcastable to [B, heads, N, M]; True = may attend.

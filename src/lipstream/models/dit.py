@@ -1,8 +1,8 @@
 """The diffusion transformer of Lip Forcing: one Wan-style network, all sizes, all roles.
 
-The bidirectional teacher, the causal student and the critic are this class with other attention: no cache and no
-mask (teacher, critic), a frame mask (diffusion forcing, stage 1) or a `KVCache` (student). Sizes are data, see
-`FLAVOURS`; "14b" has exactly the tensor names of the released checkpoint, which therefore loads strictly.
+The bidirectional teacher, the causal student and the critic are this class with other attention: no cache and
+no mask (teacher, critic), a frame mask (diffusion forcing, stage 1) or a `KVCache` (student). Sizes are data,
+see `FLAVOURS`; "14b" has exactly the tensor names of the released checkpoint, which therefore loads strictly.
 
 Shapes: B batch, C latent channels, T latent frames, H x W latent cells, S tokens per latent frame, D width.
 Input channels in order: noisy latent, reference, mask (1 = regenerate), masked video, reference sequence.
@@ -14,11 +14,8 @@ Input channels in order: noisy latent, reference, mask (1 = regenerate), masked 
 
 from __future__ import annotations
 
-import builtins
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,114 +23,26 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from lipstream.models.attention import Backend, attention
+from lipstream.models.dit_config import FLAVOURS, Conditions, DiTConfig
 from lipstream.models.rope import Rotation, RotationTables, rotate
 from lipstream.streaming.base import StreamingModule
 from lipstream.streaming.kv_cache import Extend, KVCache, TextMemory
+from lipstream.streaming.windows import chunk_causal_frame_mask, window_frame_positions
+
+__all__ = [
+    "FLAVOURS",
+    "AudioPack",
+    "Conditions",
+    "DiT",
+    "DiTConfig",
+    "Prediction",
+    "chunk_causal_frame_mask",
+    "time_sinusoid",
+    "window_frame_positions",
+]
 
 EPS = 1e-6
 AUDIO_ROWS_PER_LATENT_FRAME = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-    """Everything that defines the network's shape and its prediction."""
-
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    latent_channels: int = 16
-    patch: tuple[int, int, int] = (1, 2, 2)
-    freq_dim: int = 256
-    text_dim: int = 4096  # 0: no text cross attention
-    text_len: int = 512
-    audio_dim: int = 10752  # features per pixel frame
-    audio_hidden: int = 32
-    audio_blocks: tuple[int, int]  # first and last block that receives audio, inclusive
-    chunk_latent_frames: int = 3
-    window_latent_frames: int = 7  # includes the sink and the current chunk
-    sink_latent_frames: int = 1
-    # velocity: x0 = x_t - t * output; x0: output is x0; reference_residual: x0 = reference sequence + output
-    prediction: Literal["velocity", "x0", "reference_residual"] = "velocity"
-    # Scale the noisy channels by (1-t)/sqrt((1-t)²+t²): at t = .999 they are pure noise, which a small network
-    # spends its capacity on ignoring.
-    input_gate: bool = False
-    # Static map [H/2][W/2] of the tokens that touch the dilated mouth mask; None computes all.
-    active_tokens: tuple[tuple[bool, ...], ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
-        if self.patch[0] != 1:
-            raise ValueError(f"patch must not join latent frames, got {self.patch}")
-        first, last = self.audio_blocks
-        if not 0 <= first <= last < self.num_layers:
-            raise ValueError(f"audio_blocks {self.audio_blocks} are outside of {self.num_layers} layers")
-        if self.active_tokens is not None and not any(any(row) for row in self.active_tokens):
-            raise ValueError("active_tokens selects no token")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.num_heads
-
-    @property
-    def in_channels(self) -> int:
-        """Noisy latent, reference, mask, masked video, reference sequence."""
-        return 4 * self.latent_channels + 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for config.json."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> DiTConfig:
-        """Inverse of `to_dict`, also after a trip through JSON (lists become tuples)."""
-
-        def tuples(value: Any) -> Any:
-            return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
-
-        return cls(**{key: tuples(value) for key, value in data.items()})
-
-
-FLAVOURS: dict[str, DiTConfig] = {
-    "test": DiTConfig(
-        dim=48, ffn_dim=64, num_heads=2, num_layers=3, latent_channels=4, freq_dim=32, text_dim=8, text_len=4,
-        audio_dim=6, audio_hidden=8, audio_blocks=(1, 1),
-    ),
-    "pocket": DiTConfig(
-        dim=384, ffn_dim=1536, num_heads=6, num_layers=8, latent_channels=40, text_dim=0, audio_dim=256,
-        audio_hidden=128, audio_blocks=(0, 7), prediction="reference_residual", input_gate=True,
-    ),
-    "1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, audio_blocks=(2, 15)),
-    "14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, audio_blocks=(2, 20)),
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """All that steers the denoising of T latent frames; the one object that enters the DiT beside x and t."""
-
-    reference: Tensor  # [B, C, 1, H, W], unmasked identity frame
-    mask: Tensor  # [B or 1, 1, 1, H, W], 1 = regenerate
-    masked_video: Tensor  # [B, C, T, H, W], the source with the mouth area zeroed
-    ref_sequence: Tensor  # [B, C, T, H, W], unmasked reference clip, frame aligned
-    audio: Tensor | None = None  # [B, T, audio_hidden] from `pack_audio`; None = silence, the null branch
-    text: Tensor | None = None  # [B, L, text_dim]
-
-    @property
-    def latent_frames(self) -> int:
-        """T."""
-        return self.masked_video.shape[2]
-
-    def slice(self, latent_frames: builtins.slice) -> Conditions:
-        """The conditions of some latent frames of the clip; reference, mask and text hold for all."""
-        return dataclasses.replace(
-            self,
-            masked_video=self.masked_video[:, :, latent_frames],
-            ref_sequence=self.ref_sequence[:, :, latent_frames],
-            audio=None if self.audio is None else self.audio[:, latent_frames],
-        )
 
 
 class Prediction(NamedTuple):
@@ -213,7 +122,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, sight: Sight, extend: Extend | None, text: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """x [B, T, S, D], time [B, T or 1, 6, D] -> [B, T, S, D]; text: keys and values [B', heads, L, head_dim]."""
+        """x [B, T, S, D], time [B, T or 1, 6, D] -> [B, T, S, D]; text: keys, values [B', heads, L, head_dim]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(dim=2)
         frames = x.shape[1]
 
@@ -221,9 +130,7 @@ class Block(nn.Module):
         q, (k, v) = self.self_attn.queries(h), self.self_attn.keys_values(h)
         if extend is not None:
             k, v = extend(k, v)
-        seen = attention(
-            rotate(q, sight.rotation_q), rotate(k, sight.rotation_k), v, sight.mask, backend=sight.backend
-        )
+        seen = attention(rotate(q, sight.rotation_q), rotate(k, sight.rotation_k), v, sight.mask, backend=sight.backend)
         x = x + gate1 * rearrange(self.self_attn.join(seen), "b (t s) d -> b t s d", t=frames)
 
         if text is not None:
@@ -268,8 +175,8 @@ class AudioPackState:
 class AudioPack(StreamingModule[AudioPackState]):
     """Audio Pack: four feature rows (25 per second) make one row per latent frame.
 
-    Latent frame 0 sees row 0 four times, latent frame k >= 1 rows 4k-3 ... 4k. Streaming: the first call takes
-    1 + 4n rows, later calls 4n rows.
+    Latent frame 0 sees row 0 four times, latent frame k >= 1 rows 4k-3 ... 4k. Streaming: the first call
+    takes 1 + 4n rows, later calls 4n rows.
     """
 
     def __init__(self, audio_dim: int, hidden: int) -> None:
@@ -324,9 +231,7 @@ class DiT(nn.Module):
         self.head = Head(config)
         first, last = config.audio_blocks
         self.audio_proj = AudioPack(config.audio_dim, config.audio_hidden)
-        self.audio_cond_projs = nn.ModuleList(
-            nn.Linear(config.audio_hidden, dim) for _ in range(last - first + 1)
-        )
+        self.audio_cond_projs = nn.ModuleList(nn.Linear(config.audio_hidden, dim) for _ in range(last - first + 1))
         active = None
         if config.active_tokens is not None:
             active = torch.tensor(config.active_tokens, device="cpu").flatten().nonzero().squeeze(1)
@@ -335,7 +240,7 @@ class DiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh weights: Xavier for maps, small normal for embeddings, zero head (the first output is zero)."""
+        """Fresh weights: Xavier maps, small normal embeddings, zero head (the first output is zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -347,10 +252,8 @@ class DiT(nn.Module):
                     nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
-    # -- audio ---------------------------------------------------------------------------------------------------
-
     def pack_audio(self, features: Tensor) -> Tensor:
-        """Feature rows [B, 1 + 4(T-1), audio_dim] -> [B, T, audio_hidden]; inside `audio_proj.streaming` in pieces."""
+        """Feature rows [B, 1 + 4(T-1), audio_dim] -> [B, T, audio_hidden]; in pieces when streaming."""
         out: Tensor = self.audio_proj(features.to(self.dtype))
         return out
 
@@ -359,8 +262,6 @@ class DiT(nn.Module):
         zeros = torch.zeros(1, 1, self.audio_proj.proj.in_features, dtype=self.dtype, device=self.device)
         row: Tensor = self.audio_proj.norm_out(self.audio_proj.proj(zeros))
         return row.expand(batch, latent_frames, -1)
-
-    # -- forward -------------------------------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
@@ -380,9 +281,7 @@ class DiT(nn.Module):
         rows, columns = height // ph, width // pw
         active = self.config.active_tokens
         if active is not None and (len(active), len(active[0])) != (rows, columns):
-            raise ValueError(
-                f"active_tokens is {len(active)} x {len(active[0])}, tokens are {rows} x {columns}"
-            )
+            raise ValueError(f"active_tokens is {len(active)} x {len(active[0])}, tokens are {rows} x {columns}")
         return rows, columns
 
     def tokens_per_latent_frame(self, height: int, width: int) -> int:
@@ -391,7 +290,7 @@ class DiT(nn.Module):
         return rows * columns if self.active is None else len(self.active)
 
     def make_cache(self, batch: int, height: int, width: int, **overrides: Any) -> KVCache:
-        """An empty cache for latents of height x width cells; overrides go to `KVCache` (window, sink, ...)."""
+        """An empty cache for height x width latent cells; overrides go to `KVCache` (window, sink)."""
         settings: dict[str, Any] = {
             "layers": self.config.num_layers,
             "batch": batch,
@@ -431,9 +330,7 @@ class DiT(nn.Module):
         if cache is not None and (frame_positions is not None or frame_mask is not None):
             raise ValueError("with a cache, positions and visibility come out of the cache")
         if store and (cache is None or torch.is_grad_enabled() or cache.batch != batch):
-            raise ValueError(
-                "store needs a cache of the same batch and torch.no_grad(): stored keys have no gradient"
-            )
+            raise ValueError("store needs a cache of the same batch and torch.no_grad(): stored keys have no gradient")
 
         time = self.time_embedding(time_sinusoid(t.reshape(batch, -1), self.config.freq_dim).to(self.dtype))
         modulation = rearrange(self.time_projection(time), "b t (six d) -> b t six d", six=6)
@@ -475,9 +372,7 @@ class DiT(nn.Module):
         patches = rearrange(stacked, "b c t (h ph) (w pw) -> b t (h w) (c ph pw)", ph=ph, pw=pw)
         if self.active is not None:
             patches = patches[:, :, self.active]
-        return F.linear(
-            patches.to(self.dtype), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
-        )
+        return F.linear(patches.to(self.dtype), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def _text_memory(self, text: Tensor | None, cache: KVCache | None) -> list[tuple[Tensor, Tensor]] | None:
         """Text keys and values per block; kept in the cache, but never reused where a gradient must flow."""
@@ -539,15 +434,15 @@ class DiT(nn.Module):
         return Sight(own, own, mask, self.backend), [None] * len(layers)
 
     def _prediction(self, patches: Tensor, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
-        """Patches [B, T, S, (ph pw C)] -> x0 and velocity of all cells; inactive cells come from the conditions."""
+        """Patches [B, T, S, (ph pw C)] -> x0 and velocity; inactive cells come from the conditions."""
         rows, columns = self.token_grid(x.shape[3], x.shape[4])
         if self.active is not None:
             dense = patches.new_zeros(*patches.shape[:2], rows * columns, patches.shape[3])
             patches = dense.index_copy(2, self.active, patches)
         _, ph, pw = self.config.patch
-        output = rearrange(
-            patches, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=rows, w=columns, ph=ph, pw=pw
-        ).to(x.dtype)
+        output = rearrange(patches, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=rows, w=columns, ph=ph, pw=pw).to(
+            x.dtype
+        )
         # Float64 here costs nothing and keeps x_t - t v exact for half precision inputs.
         time = t.to(torch.float64).reshape(len(x), 1, -1, 1, 1)
         kind = self.config.prediction
@@ -569,32 +464,3 @@ class DiT(nn.Module):
         cells[self.active] = True
         _, ph, pw = self.config.patch
         return repeat(cells, "(h w) -> (h ph) (w pw)", h=rows, ph=ph, pw=pw)
-
-
-def chunk_ranges(latent_frames: int, chunk: int) -> list[tuple[int, int]]:
-    """(start, end) of the chunks of a clip; a remainder joins the first chunk."""
-    if latent_frames < chunk:
-        return [(0, latent_frames)]
-    first = chunk + latent_frames % chunk
-    return [(0, first), *((start, start + chunk) for start in range(first, latent_frames, chunk))]
-
-
-def chunk_causal_frame_mask(latent_frames: int, chunk: int, window: int | None, sink: int) -> Tensor:
-    """[T, T] boolean mask of diffusion forcing: a frame sees its own chunk, the rolling window and the sink.
-
-    window counts the sink and the own chunk; None sees the whole past.
-    """
-    mask = torch.zeros(latent_frames, latent_frames, dtype=torch.bool)
-    for start, end in chunk_ranges(latent_frames, chunk):
-        begin = 0 if window is None else max(0, min(start, end - (window - sink)))
-        mask[start:end, begin:end] = True
-        mask[start:end, : min(sink, end)] = True
-    return mask
-
-
-def window_frame_positions(latent_frames: int, chunk: int, window: int) -> Tensor:
-    """[T] temporal rotary index of each latent frame relative to its own chunk's window, as in a rollout."""
-    positions = torch.arange(latent_frames)
-    for start, end in chunk_ranges(latent_frames, chunk):
-        positions[start:end] -= max(0, end - window)
-    return positions

@@ -1,7 +1,8 @@
 """Three-dimensional rotary positions (latent frame, row, column) with real cos/sin tables.
 
-Pairs are interleaved; a head of 128 is split 44 temporal / 42 rows / 42 columns, each axis with its own exponents.
-Angles are computed in float64 and kept as float32 tables per shape: no complex numbers, no float64 at run time.
+Pairs are interleaved; a head of 128 is split 44 temporal / 42 rows / 42 columns, each axis with its own
+exponents. Angles are computed in float64 and kept as float32 tables per shape: no complex numbers, no float64
+at run time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 BASE = 10000.0
@@ -24,7 +25,7 @@ class Rotation(NamedTuple):
 
 
 def split_axes(head_dim: int) -> tuple[int, int, int]:
-    """(temporal, row, column) widths: rows and columns take 2 * (head_dim // 6), time the rest (128 -> 44/42/42)."""
+    """(temporal, row, column) widths: 2 * (head_dim // 6) for rows and columns, time the rest (44/42/42)."""
     if head_dim % 2 or head_dim < 6:
         raise ValueError(f"head_dim must be even and at least 6, got {head_dim}")
     spatial = 2 * (head_dim // 6)
@@ -38,7 +39,7 @@ def _angles(positions: Tensor, width: int) -> Tensor:
 
 
 def grid_rotation(frame_positions: Tensor, height: int, width: int, head_dim: int) -> Rotation:
-    """Tables of all tokens of frames at `frame_positions` [T] on a height x width token grid, order (t h w)."""
+    """Tables of frames at `frame_positions` [T] on a height x width token grid, order (t h w)."""
     axes = split_axes(head_dim)
     device = frame_positions.device
     time = _angles(frame_positions, axes[0])
@@ -56,15 +57,15 @@ def grid_rotation(frame_positions: Tensor, height: int, width: int, head_dim: in
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate queries or keys [B, heads, tokens, head_dim]; arithmetic in at least float32, result in x's dtype."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # bf16 inputs are promoted by the float32 tables
+    """Rotate queries or keys [B, heads, tokens, head_dim] in at least float32, result in x's dtype."""
+    even, odd = rearrange(x, "... (d pair) -> pair ... d", pair=2)  # bf16 inputs are promoted by the float32 tables
     cos, sin = rotation
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
 
 
 class RotationTables:
-    """Tables by shape, kept for the few windows that a stream cycles through (least recently used go first)."""
+    """Tables by shape, kept for the few windows a stream cycles through (least recently used go first)."""
 
     def __init__(self, head_dim: int, capacity: int = 32) -> None:
         self.head_dim = head_dim
@@ -74,7 +75,7 @@ class RotationTables:
     def get(
         self, positions: tuple[int, ...], height: int, width: int, active: Tensor | None, device: torch.device
     ) -> Rotation:
-        """Tables for frames at `positions`; `active` [A] selects tokens of every frame (a constant of the model)."""
+        """Tables of frames at `positions`; `active` [A], a constant of the model, selects their tokens."""
         key = (positions, height, width, active is None, device)
         if key not in self._tables:
             self._tables[key] = self.make(torch.tensor(positions, device=device), height, width, active)
@@ -93,6 +94,6 @@ class RotationTables:
             if active is None:
                 return rotation
             cos, sin = (
-                table.unflatten(0, (-1, height * width))[:, active].flatten(0, 1) for table in rotation
+                rearrange(table, "(t s) d -> t s d", s=height * width)[:, active].flatten(0, 1) for table in rotation
             )
             return Rotation(cos, sin)

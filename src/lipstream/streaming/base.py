@@ -1,9 +1,9 @@
 """Streaming contract: every layer that remembers something between chunks is a `StreamingModule`.
 
-A layer declares a typed state dataclass, makes a fresh one in `_init_state`, and reads it in `forward` through
-`self.state_or_fresh(batch)`. Outside `with model.streaming(batch):` the layer gets a throw-away state, so offline
-is the one-chunk case of streaming and `forward` has a single body. The property test "any chunking == one shot"
-(tests/test_streaming.py) is what each such layer has to pass.
+A layer declares a typed state dataclass, makes a fresh one in `_init_state`, and reads it in `forward`
+through `self.state_or_fresh(batch)`. Outside `with model.streaming(batch):` the layer gets a throw-away
+state, so offline is the one-chunk case of streaming and `forward` has a single body. The property test "any
+chunking == one shot" (tests/test_streaming.py) is what each such layer has to pass.
 
     with model.streaming(batch=1):
         for chunk in chunks:
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -26,11 +26,10 @@ Snapshot = dict[str, Any]
 
 
 def clone_state(value: Any) -> Any:
-    """Deep copy of a state made of dataclasses, tensors, containers and plain values; tensors lose their graph."""
+    """Deep copy of a state of dataclasses, tensors, containers and plain values; tensors lose their graph."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # `copy.copy` semantics without running __init__ twice: fields only, so derived attributes are rebuilt.
         return dataclasses.replace(
             value,
             **{f.name: clone_state(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init},
@@ -47,8 +46,8 @@ def clone_state(value: Any) -> Any:
 class StreamingModule(nn.Module, Generic[StateT]):
     """A module whose memory between chunks is one explicit, typed state object.
 
-    Subclasses implement `_init_state(batch)`; containers need no code, their stateful children are found through
-    the module tree.
+    Subclasses implement `_init_state(batch)`; containers need no code, their stateful children are found
+    through the module tree.
     """
 
     def __init__(self) -> None:
@@ -103,9 +102,7 @@ class StreamingModule(nn.Module, Generic[StateT]):
 
     def snapshot(self) -> Snapshot:
         """An independent copy of all state below this module, keyed by module path."""
-        return {
-            name: clone_state(module._state) for name, module in _stateful(self) if module._state is not None
-        }
+        return {name: clone_state(module._state) for name, module in _stateful(self) if module._state is not None}
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take up a `snapshot` of this module (or of an equal one in another process)."""
@@ -120,8 +117,5 @@ class StreamingModule(nn.Module, Generic[StateT]):
 def _stateful(root: nn.Module) -> Iterator[tuple[str, StreamingModule[Any]]]:
     """All streaming layers of the tree that declare a state; pure containers are skipped."""
     for name, module in root.named_modules():
-        if (
-            isinstance(module, StreamingModule)
-            and type(module)._init_state is not StreamingModule._init_state
-        ):
-            yield name, cast("StreamingModule[Any]", module)
+        if isinstance(module, StreamingModule) and type(module)._init_state is not StreamingModule._init_state:
+            yield name, module

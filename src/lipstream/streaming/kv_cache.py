@@ -1,14 +1,14 @@
 """Ring key/value cache of the causal student: an attention sink plus a rolling window of latent frames.
 
-Lip Forcing attends, in chunk k >= 2, to the very first latent frame (the sink), the previous chunk and itself:
-7 latent frames in all. Keys are stored after q/k-norm but *before* rotation, so the same stored key can be given a
-new temporal position in each window ("dynamic RoPE"): sink 0, previous chunk 1-3, own chunk 4-6. The positions come
-out of the cache; nobody else computes them.
+Lip Forcing attends, in chunk k >= 2, to the very first latent frame (the sink), the previous chunk and
+itself: 7 latent frames in all. Keys are stored after q/k-norm but *before* rotation, so the same stored key
+can be given a new temporal position in each window ("dynamic RoPE"): sink 0, previous chunk 1-3, own chunk
+4-6. The positions come out of the cache; nobody else computes them.
 
-Layout per layer: [B, heads, slots * tokens, head_dim]. Latent frame f lives in slot f (sink) or in the ring behind
-it. A chunk's own slots are exactly those whose frames leave its window, so denoising calls may write there as
-scratch: the visible keys are then a contiguous prefix of the buffer and nothing is copied. All indices are Python
-ints: no device synchronisation, and constant shapes from chunk 2 on.
+Layout per layer: [B, heads, slots * tokens, head_dim]. Latent frame f lives in slot f (sink) or in the ring
+behind it. A chunk's own slots are exactly those whose frames leave its window, so denoising calls may write
+there as scratch: the visible keys are then a contiguous prefix of the buffer and nothing is copied. All
+indices are Python ints: no device synchronisation, and constant shapes from chunk 2 on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Window:
-    """What one call sees: latent frame numbers and temporal rotary positions, captured before the block loop."""
+    """What one call sees: frame numbers and temporal rotary positions, captured before the block loop."""
 
     start: int  # first own latent frame
     own_slots: tuple[int, ...]
@@ -70,7 +70,8 @@ class KVCache:
     """Keys and values of all layers for one rollout.
 
     window_latent_frames counts the sink and the current chunk; None means unlimited (buffers then grow).
-    window_positions False gives every frame its absolute number as temporal position (full attention, stage 1).
+    window_positions False gives every frame its absolute number as temporal position (full attention, stage
+    1).
     """
 
     layers: int
@@ -152,13 +153,12 @@ class KVCache:
         return extend
 
     def extend_copy(self, layer: int, window: Window, repeats: int = 1) -> Extend:
-        """Append the own keys to a copy of the past: gradients, or `repeats` guidance branches over one history.
+        """Append the own keys to a copy of the past: gradients, or `repeats` branches over one history.
 
-        The copy is made now, so a checkpointed backward pass sees the keys of this call whatever is stored later.
+        The copy is made now, so a checkpointed backward pass sees the keys of this call whatever is stored
+        later.
         """
-        past_k, past_v = (
-            self._gather(buffers[layer], window.past_slots) for buffers in (self._keys, self._values)
-        )
+        past_k, past_v = (self._gather(buffers[layer], window.past_slots) for buffers in (self._keys, self._values))
         if repeats > 1:
             past_k, past_v = past_k.repeat(repeats, 1, 1, 1), past_v.repeat(repeats, 1, 1, 1)
 
@@ -172,7 +172,7 @@ class KVCache:
         self.latent_frames += own_latent_frames
 
     def held(self, layer: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
-        """(latent frame numbers, keys, values) in time order, for tests and analysis; keys are not rotated."""
+        """(latent frame numbers, keys, values) in time order, for tests; keys are not rotated."""
         limit, sink = self.window_latent_frames, self.sink_latent_frames
         frames = tuple(range(self.latent_frames))
         if limit is not None and len(frames) > limit:
@@ -222,7 +222,7 @@ class KVCache:
 
 
 def _runs(slots: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Contiguous runs of slots as (first slot, index in `slots`, length): few slices instead of an index tensor."""
+    """Contiguous runs as (first slot, index in `slots`, length): few slices instead of an index tensor."""
     runs: list[tuple[int, int, int]] = []
     for index, slot in enumerate(slots):
         if runs and slot == runs[-1][0] + runs[-1][2]:
