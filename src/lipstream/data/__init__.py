@@ -1,0 +1,1 @@
+"""Training data: synthetic talking heads and the preparation of real recordings."""
