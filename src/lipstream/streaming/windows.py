@@ -5,6 +5,8 @@ The same rules as the ring cache applies chunk by chunk, written as masks and po
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,31 @@ def chunk_causal_frame_mask(latent_frames: int, chunk: int, window: int | None, 
     return mask
 
 
-def window_frame_positions(latent_frames: int, chunk: int, window: int) -> Tensor:
-    """[T] temporal rotary index of each latent frame relative to its own chunk's window, as in a rollout."""
+def window_frame_positions(latent_frames: int, chunk: int, window: int, sink: int) -> Tensor:
+    """[T] temporal index of each latent frame counted from the start of its own chunk's rolling window.
+
+    The reference's full-sequence "dynamic RoPE", kept for comparison: one index per frame cannot express a rollout,
+    where a key's position depends on who reads it. To train exactly what the rollout runs, use chunk windows.
+    """
     positions = torch.arange(latent_frames)
     for start, end in chunk_ranges(latent_frames, chunk):
-        positions[start:end] -= max(0, end - window)
+        positions[start:end] -= max(0, end - (window - sink))
     return positions
+
+
+class ChunkWindow(NamedTuple):
+    """One chunk of a full-sequence call: own frames [start, end), visible frames in time order."""
+
+    start: int
+    end: int
+    visible: tuple[int, ...]
+
+
+def chunk_windows(latent_frames: int, chunk: int, window: int, sink: int) -> list[ChunkWindow]:
+    """The windows of all chunks of a clip, the same that the ring cache shows one by one."""
+    windows = []
+    for start, end in chunk_ranges(latent_frames, chunk):
+        held = min(sink, start)
+        begin = max(held, start - max(0, window - held - (end - start)))
+        windows.append(ChunkWindow(start, end, (*range(held), *range(begin, end))))
+    return windows
