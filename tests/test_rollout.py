@@ -166,6 +166,24 @@ def test_chunked_full_attention_equals_block_causal() -> None:
 
 
 @torch.no_grad()
+def test_chunk_windows_equal_the_cache() -> None:
+    """A whole clip in one call sees exactly what the ring cache shows chunk by chunk, positions included."""
+    model = random_model(TEST)
+    conditions = random_conditions(TEST, 2, 15, 4, 6)
+    x, t = torch.randn(2, 4, 15, 4, 6), torch.rand(2, 5, dtype=torch.float64).repeat_interleave(3, dim=1)
+    whole = model(x, t, conditions, chunk_windows=True)
+    cache = model.make_cache(2, 4, 6)
+    parts = []
+    for s in range(0, 15, 3):
+        part = conditions.slice(slice(s, s + 3))
+        parts.append(model(x[:, :, s : s + 3], t[:, s : s + 3], part, cache=cache, store=True))
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-4, atol=1e-5)
+    masked = model(x, t, conditions, frame_mask=chunk_causal_frame_mask(15, 3, 7, 1))
+    torch.testing.assert_close(masked[:, :, :6], whole[:, :, :6], rtol=1e-4, atol=1e-5)
+    assert (masked[:, :, 9:] - whole[:, :, 9:]).abs().max() > 1e-4  # the distance to the sink differs
+
+
+@torch.no_grad()
 def test_unlimited_cache_grows() -> None:
     model = random_model(TEST)
     conditions = random_conditions(TEST, 1, 30, 2, 2)

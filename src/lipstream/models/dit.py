@@ -14,7 +14,6 @@ Input channels in order: noisy latent, reference, mask (1 = regenerate), masked 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +22,12 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from lipstream.models.attention import Backend, attention
+from lipstream.models.audio_pack import AudioPack
 from lipstream.models.dit_config import FLAVOURS, Conditions, DiTConfig
 from lipstream.models.rope import Rotation, RotationTables, rotate
-from lipstream.streaming.base import StreamingModule
-from lipstream.streaming.kv_cache import Extend, KVCache, TextMemory
+from lipstream.streaming.kv_cache import Extend, KVCache, TextMemory, runs
 from lipstream.streaming.windows import chunk_causal_frame_mask, window_frame_positions
+from lipstream.streaming.windows import chunk_windows as chunk_windows_of
 
 __all__ = [
     "FLAVOURS",
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 EPS = 1e-6
-AUDIO_ROWS_PER_LATENT_FRAME = 4
 
 
 class Prediction(NamedTuple):
@@ -93,6 +92,15 @@ class Attention(nn.Module):
         return self.split(self.norm_q(self.q(x)))
 
 
+class ChunkSight(NamedTuple):
+    """What one chunk of a full-sequence call sees: token slices of its queries and of its visible keys."""
+
+    own: slice
+    keys: list[slice]
+    rotation_q: Rotation
+    rotation_k: Rotation
+
+
 class Sight(NamedTuple):
     """What self attention sees in one call; the same for all blocks."""
 
@@ -100,6 +108,18 @@ class Sight(NamedTuple):
     rotation_k: Rotation
     mask: Tensor | None
     backend: Backend
+    chunks: list[ChunkSight] | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotate and attend, [B, heads, tokens, head_dim]; k is not rotated yet."""
+        if self.chunks is None:
+            return attention(rotate(q, self.rotation_q), rotate(k, self.rotation_k), v, self.mask, backend=self.backend)
+        seen = []
+        for own, keys, rotation_q, rotation_k in self.chunks:
+            window_k, window_v = (torch.cat([x[:, :, part] for part in keys], dim=2) for x in (k, v))
+            rotated_q, rotated_k = rotate(q[:, :, own], rotation_q), rotate(window_k, rotation_k)
+            seen.append(attention(rotated_q, rotated_k, window_v, backend=self.backend))
+        return torch.cat(seen, dim=2)
 
 
 class Block(nn.Module):
@@ -130,8 +150,7 @@ class Block(nn.Module):
         q, (k, v) = self.self_attn.queries(h), self.self_attn.keys_values(h)
         if extend is not None:
             k, v = extend(k, v)
-        seen = attention(rotate(q, sight.rotation_q), rotate(k, sight.rotation_k), v, sight.mask, backend=sight.backend)
-        x = x + gate1 * rearrange(self.self_attn.join(seen), "b (t s) d -> b t s d", t=frames)
+        x = x + gate1 * rearrange(self.self_attn.join(sight.attend(q, k, v)), "b (t s) d -> b t s d", t=frames)
 
         if text is not None:
             q = self.cross_attn.queries(rearrange(self.norm3(x), "b t s d -> b (t s) d"))
@@ -162,43 +181,6 @@ class Head(nn.Module):
         """x [B, T, S, D], time [B, T or 1, D] -> [B, T, S, patch cells * C]."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(dim=2)
         out: Tensor = self.head(_modulate(self.norm(x), shift, scale))
-        return out
-
-
-@dataclass
-class AudioPackState:
-    """Whether the three copies of the first row were already put in front."""
-
-    started: bool = False
-
-
-class AudioPack(StreamingModule[AudioPackState]):
-    """Audio Pack: four feature rows (25 per second) make one row per latent frame.
-
-    Latent frame 0 sees row 0 four times, latent frame k >= 1 rows 4k-3 ... 4k. Streaming: the first call
-    takes 1 + 4n rows, later calls 4n rows.
-    """
-
-    def __init__(self, audio_dim: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(AUDIO_ROWS_PER_LATENT_FRAME * audio_dim, hidden)
-        self.norm_out = nn.LayerNorm(hidden, eps=1e-5)
-
-    def _init_state(self, batch: int) -> AudioPackState:
-        return AudioPackState()
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features [B, pixel frames, audio_dim] -> [B, latent frames, hidden]."""
-        state = self.state_or_fresh(len(features))
-        rows = features.shape[1]
-        expected = rows % AUDIO_ROWS_PER_LATENT_FRAME == (0 if state.started else 1)
-        if not expected or not rows:
-            raise ValueError(f"audio rows must be 1 + 4n in the first call and 4n later, got {rows}")
-        if not state.started:
-            features = torch.cat((features[:, :1].expand(-1, 3, -1), features), dim=1)
-            state.started = True
-        packed = rearrange(features, "b (t r) d -> b t (r d)", r=AUDIO_ROWS_PER_LATENT_FRAME)
-        out: Tensor = self.norm_out(self.proj(packed))
         return out
 
 
@@ -318,17 +300,22 @@ class DiT(nn.Module):
         store: bool = False,
         frame_positions: Tensor | None = None,
         frame_mask: Tensor | None = None,
+        chunk_windows: bool = False,
     ) -> Prediction:
         """Denoise x [B, C, T, H, W] at time t [B] or [B, T] (float64, 0 = clean, 1 = noise).
 
         cache: history of earlier chunks; x is the next chunk. store: keep this call's keys (the clean pass).
         frame_positions [T]: temporal rotary index per latent frame; default 0..T-1, or from the cache.
         frame_mask [T, T] or [B, T, T]: row may attend to column; default all.
+        chunk_windows: treat x as a clip of chunks, each with the window and the positions it has in a rollout (the
+        past as noisy as x has it). Diffusion forcing without a train/run mismatch, and cheaper than a mask.
         """
         batch, _, frames, height, width = x.shape
         rows, columns = self.token_grid(height, width)
-        if cache is not None and (frame_positions is not None or frame_mask is not None):
-            raise ValueError("with a cache, positions and visibility come out of the cache")
+        if (cache is not None or chunk_windows) and (frame_positions is not None or frame_mask is not None):
+            raise ValueError("with a cache or chunk_windows, positions and visibility are theirs to say")
+        if cache is not None and chunk_windows:
+            raise ValueError("chunk_windows is for whole clips, a cache for one chunk at a time")
         if store and (cache is None or torch.is_grad_enabled() or cache.batch != batch):
             raise ValueError("store needs a cache of the same batch and torch.no_grad(): stored keys have no gradient")
 
@@ -338,7 +325,11 @@ class DiT(nn.Module):
         audio = conditions.audio
         audio = self.null_audio(batch, frames) if audio is None else audio.to(self.dtype)
         text = self._text_memory(conditions.text, cache)
-        sight, extends = self._sight(batch, frames, (rows, columns), cache, frame_positions, frame_mask)
+        extends: list[Extend | None] = [None] * len(self.blocks)
+        if chunk_windows:
+            sight = self._chunked_sight(frames, (rows, columns))
+        else:
+            sight, extends = self._sight(batch, frames, (rows, columns), cache, frame_positions, frame_mask)
 
         first, last = self.config.audio_blocks
         for index, block in enumerate(self.blocks):
@@ -432,6 +423,23 @@ class DiT(nn.Module):
             mask = repeat(frame_mask.to(self.device), "... q k -> ... (q a) (k b)", a=tokens, b=tokens)
             mask = mask.reshape(-1, 1, frames * tokens, frames * tokens)
         return Sight(own, own, mask, self.backend), [None] * len(layers)
+
+    def _chunked_sight(self, frames: int, grid: tuple[int, int]) -> Sight:
+        """The windows of all chunks of a clip with window-relative positions."""
+        config = self.config
+        tokens = grid[0] * grid[1] if self.active is None else len(self.active)
+        chunks = []
+        for window in chunk_windows_of(
+            frames, config.chunk_latent_frames, config.window_latent_frames, config.sink_latent_frames
+        ):
+            positions = tuple(range(len(window.visible)))
+            own = len(positions) - (window.end - window.start)
+            keys = [slice(f * tokens, (f + n) * tokens) for f, _, n in runs(window.visible)]
+            rotation_q, rotation_k = (
+                self._rotations.get(which, *grid, self.active, self.device) for which in (positions[own:], positions)
+            )
+            chunks.append(ChunkSight(slice(window.start * tokens, window.end * tokens), keys, rotation_q, rotation_k))
+        return Sight(chunks[0].rotation_q, chunks[0].rotation_k, None, self.backend, chunks)
 
     def _prediction(self, patches: Tensor, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
         """Patches [B, T, S, (ph pw C)] -> x0 and velocity; inactive cells come from the conditions."""

@@ -143,7 +143,7 @@ class KVCache:
         end = (len(window.past_slots) + len(window.own_slots)) * tokens
 
         def extend(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            for slot, source, length in _runs(window.own_slots):
+            for slot, source, length in runs(window.own_slots):
                 at = slice(slot * tokens, (slot + length) * tokens)
                 of = slice(source * tokens, (source + length) * tokens)
                 self._keys[layer][:, :, at] = k[:, :, of]
@@ -207,8 +207,7 @@ class KVCache:
         tokens = self.tokens_per_latent_frame
         if not slots:
             return buffer[:, :, :0]
-        runs = [buffer[:, :, s * tokens : (s + n) * tokens] for s, _, n in _runs(slots)]
-        return torch.cat(runs, dim=2)
+        return torch.cat([buffer[:, :, s * tokens : (s + n) * tokens] for s, _, n in runs(slots)], dim=2)
 
     def _reserve(self, layer: int, slots: int) -> None:
         tokens = self.tokens_per_latent_frame
@@ -221,13 +220,13 @@ class KVCache:
             buffers[layer] = grown
 
 
-def _runs(slots: tuple[int, ...]) -> list[tuple[int, int, int]]:
+def runs(slots: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """Contiguous runs as (first slot, index in `slots`, length): few slices instead of an index tensor."""
-    runs: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int, int]] = []
     for index, slot in enumerate(slots):
-        if runs and slot == runs[-1][0] + runs[-1][2]:
-            first, source, length = runs[-1]
-            runs[-1] = (first, source, length + 1)
+        if found and slot == found[-1][0] + found[-1][2]:
+            first, source, length = found[-1]
+            found[-1] = (first, source, length + 1)
         else:
-            runs.append((slot, index, 1))
-    return runs
+            found.append((slot, index, 1))
+    return found
