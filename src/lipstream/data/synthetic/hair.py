@@ -38,8 +38,8 @@ STYLES: dict[str, Style] = {
     "short": Style(length=0.34, strands=6000, knots=5, gravity=0.5, mess=0.10, lift=0.10),
     "side": Style(length=0.46, strands=6000, knots=5, gravity=0.7, mess=0.06, lift=0.08, comb="part"),
     "curly": Style(length=0.36, strands=5500, knots=7, gravity=0.15, mess=0.40, lift=0.55, curl=0.045),
-    "medium": Style(length=1.25, strands=5200, knots=8, gravity=2.0, mess=0.06, lift=0.04, comb="part"),
-    "long": Style(length=2.3, strands=5000, knots=10, gravity=2.2, mess=0.05, lift=0.04, comb="part"),
+    "medium": Style(length=1.25, strands=7000, knots=8, gravity=2.0, mess=0.06, lift=0.04, comb="part"),
+    "long": Style(length=2.3, strands=7000, knots=10, gravity=2.2, mess=0.05, lift=0.04, comb="part"),
     "bun": Style(length=0.7, strands=5500, knots=6, gravity=0.0, mess=0.03, lift=0.02, comb="bun"),
 }
 _FEMALE = {"buzz": 0.03, "short": 0.13, "side": 0.12, "curly": 0.14, "medium": 0.28, "long": 0.20, "bun": 0.10}
@@ -169,6 +169,11 @@ def grow_hair(
             at = np.einsum("skc,sk->sc", basis.vertices[corners], weights)[:, None] + offsets
             low = 7.84 + 0.5 * recede
             over = (np.abs(at[..., 0]) < 0.66) & (at[..., 1] < low) & (at[..., 1] > 5.6) & (at[..., 2] > 0.75)
+            aside = np.clip(0.68 - np.abs(at[..., 0]), 0, None) * over
+            if cut.comb == "part":  # long hair frames the face instead of vanishing
+                aside = np.maximum.accumulate(aside, axis=1)
+                offsets[..., 0] += np.where(aside <= 0.4, np.sign(at[..., 0]) * aside, 0)
+                over &= aside > 0.4
             clear = ~over.any(axis=1)
             corners, weights, offsets, normal = corners[clear], weights[clear], offsets[clear], normal[clear]
         shade = rng.uniform(0.65, 1.35, (len(corners), 1)) * rng.uniform(0.96, 1.04, (len(corners), 3))

@@ -199,7 +199,7 @@ def make_identity(basis: HeadBasis, seed: int, strands: float = 1.0) -> Identity
     vertices = (vertices + normals * (swell * rng.uniform(0.05, 0.10))[:, None]).astype(np.float32)
     beard = _beard_area(basis) if traits["male"] > _MASCULINE and rng.random() < 0.22 else None
     hair, scalp = grow_hair(basis, vertices, normals, rng, traits=traits, colour=hair_rgb, beard=beard, amount=strands)
-    albedo = (albedo * (1 - scalp[:, None]) + hair_rgb * 0.7 * scalp[:, None]).astype(np.float32)
+    albedo = (albedo * (1 - scalp[:, None]) + hair_rgb * 0.4 * scalp[:, None]).astype(np.float32)
     narrow = 0.35 if traits["male"] < 0.5 else 0.7
     brow = [
         7.50 + rng.uniform(-0.015, 0.03), 0.028 + 0.030 * narrow * rng.uniform(0.6, 1.2), rng.uniform(0.13, 0.17),
@@ -208,7 +208,7 @@ def make_identity(basis: HeadBasis, seed: int, strands: float = 1.0) -> Identity
     iris = linear_rgb(_IRIS_TONES[rng.integers(0, 3) if tone > 3.2 or rng.random() < 0.3 else rng.integers(0, len(_IRIS_TONES))])
     lift = float(rng.uniform(0.15, 0.45))
     rest_units = {"browInnerUp": lift, "browOuterUpLeft": 0.6 * lift, "browOuterUpRight": 0.6 * lift}
-    rest_units["eyeWideLeft"] = rest_units["eyeWideRight"] = float(rng.uniform(0.0, 0.3))
+    rest_units["eyeWideLeft"] = rest_units["eyeWideRight"] = float(rng.uniform(0.0, 0.15))
     face = (basis.face > 0.5) & skin
     return Identity(
         seed=seed,

@@ -114,7 +114,7 @@ def perform(
 ) -> Performance:
     """Motion of a clip whose frame i shows time i / rate."""
     style = Style(
-        amplitude=float(rng.uniform(0.75, 1.3)),
+        amplitude=float(rng.uniform(0.9, 1.5)),
         asymmetry=float(rng.normal(0, 0.07)),
         smile=float(np.clip(rng.normal(0.03, 0.08), 0, 0.3)),
         loudness=float(rng.uniform(0.1, 0.4)),
@@ -133,7 +133,7 @@ def perform(
     pitch = wander(rng, frames, rate, 0.7, calm * rng.uniform(0.03, 0.08)) + rng.normal(0.0, 0.04)
     roll = wander(rng, frames, rate, 1.0, calm * rng.uniform(0.02, 0.06)) + rng.normal(0, 0.02)
     drift = np.stack([wander(rng, frames, rate, 1.2, calm * 0.06), wander(rng, frames, rate, 1.2, calm * 0.03)], 1) + rng.normal(0, 0.07, 2)
-    zoom = rng.uniform(0.46, 0.58) / 1.8 * np.exp(wander(rng, frames, rate, 1.5, calm * 0.02))
+    zoom = rng.uniform(0.47, 0.61) / 1.8 * np.exp(wander(rng, frames, rate, 1.5, calm * 0.02))
     gaze = np.stack([wander(rng, frames, rate, 0.5, 0.08) - 0.5 * yaw, wander(rng, frames, rate, 0.5, 0.05) + 0.3 * pitch], 1)
     brow, lid = np.clip(wander(rng, frames, rate, 0.6, 0.35), -0.15, 1), _blinks(rng, frames, rate)
     unit = {name: i for i, name in enumerate(basis.units)}
