@@ -311,6 +311,7 @@ def save_speech_encoder(encoder: SpeechEncoder, path: Path, notes: Mapping[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata=metadata)
+    partial.chmod(0o644)  # safetensors writes for the owner only
     partial.replace(path)
 
 
