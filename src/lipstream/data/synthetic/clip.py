@@ -68,7 +68,9 @@ def mouth_boxes(landmarks: Floats, names: list[str]) -> Floats:
     low, high = lips.min(axis=1), lips.max(axis=1)
     margin = 0.25 * (high[:, 0] - low[:, 0])
     top = np.minimum(low[:, 1], 0.5 * (nose[:, 1] + low[:, 1]))
-    return np.stack([low[:, 0] - margin, top, high[:, 0] + margin, np.maximum(chin[:, 1], high[:, 1])], 1).astype(np.float32)
+    return np.stack([low[:, 0] - margin, top, high[:, 0] + margin, np.maximum(chin[:, 1], high[:, 1])], 1).astype(
+        np.float32
+    )
 
 
 def lip_opening(local: Floats, basis: HeadBasis) -> float:
@@ -89,7 +91,9 @@ def draw_clip(
     margin = max(4, size // 16)
     background = cv2.resize(make_background(rng, size), (size + 2 * margin,) * 2, interpolation=cv2.INTER_LINEAR)
     visemes = visemes_of(speech.phonemes)
-    acting = perform(basis, identity, visemes, speech.samples, speech.sample_rate, frames=frames, rate=FRAME_RATE, rng=rng)
+    acting = perform(
+        basis, identity, visemes, speech.samples, speech.sample_rate, frames=frames, rate=FRAME_RATE, rng=rng
+    )
     names = sorted(basis.landmarks)
     marks = np.array([basis.landmarks[name] for name in names])
     strength = float(rng.choice([0.0, rng.uniform(0.5, 3.0)]))
@@ -97,7 +101,9 @@ def draw_clip(
     pictures, points, openings = [], [], []
     for i in range(frames):
         dx, dy = np.clip(np.round(acting.background_shift[i] * size), -margin, margin).astype(int) + margin
-        frame = renderer.render(identity, acting.expressions[i], acting.poses[i], lights, background[dy : dy + size, dx : dx + size])
+        frame = renderer.render(
+            identity, acting.expressions[i], acting.poses[i], lights, background[dy : dy + size, dx : dx + size]
+        )
         gx, gy = rng.integers(0, 64, 2)
         image = frame.image
         if strength > 0:

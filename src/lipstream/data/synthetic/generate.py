@@ -71,7 +71,9 @@ def _write_wav(path: Path, samples: npt.NDArray[np.float32]) -> None:
 def _write_mp4(path: Path, frames: npt.NDArray[np.uint8], samples: npt.NDArray[np.float32]) -> None:
     """H.264 and AAC in one file, both starting at time 0."""
     with av.open(str(path), "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=_FRAME_RATE, options={"crf": _CRF, "preset": "veryfast", "threads": "1"})
+        video = container.add_stream(
+            "libx264", rate=_FRAME_RATE, options={"crf": _CRF, "preset": "veryfast", "threads": "1"}
+        )
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         audio = container.add_stream("aac", rate=_SAMPLE_RATE, layout="mono")
         audio.bit_rate = 96000

@@ -81,7 +81,9 @@ def _comb(kind: str, root: Floats, parting: float) -> Floats:
     return away + np.array([0.0, -0.2, 0.25])
 
 
-def _scatter(rng: Rng, vertices: Floats, triangles: npt.NDArray[np.int32], strength: Floats, count: int) -> tuple[npt.NDArray[np.int32], Floats]:
+def _scatter(
+    rng: Rng, vertices: Floats, triangles: npt.NDArray[np.int32], strength: Floats, count: int
+) -> tuple[npt.NDArray[np.int32], Floats]:
     """Random roots: corners (S, 3) and barycentric weights (S, 3), density proportional to area x strength."""
     corners = vertices[triangles]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
@@ -95,7 +97,15 @@ def _scatter(rng: Rng, vertices: Floats, triangles: npt.NDArray[np.int32], stren
 
 
 def _grow(
-    rng: Rng, root: Floats, normal: Floats, direction: Floats, style: Style, length: float, tree: cKDTree, skin: Floats, skin_normals: Floats
+    rng: Rng,
+    root: Floats,
+    normal: Floats,
+    direction: Floats,
+    style: Style,
+    length: float,
+    tree: cKDTree,
+    skin: Floats,
+    skin_normals: Floats,
 ) -> Floats:
     """March strands from their roots; returns offsets (S, K, 3)."""
     count = len(root)
@@ -145,7 +155,9 @@ def grow_hair(
     table = _MALE if traits["male"] > 0.5 else _FEMALE
     name = str(rng.choice(list(table), p=np.array(list(table.values())) / sum(table.values())))
     style = STYLES[name]
-    recede = float(rng.uniform(-0.1, 0.1) + (rng.uniform(0, 0.22) if traits["male"] > 0.5 and traits["old"] > 0.4 else 0))
+    recede = float(
+        rng.uniform(-0.1, 0.1) + (rng.uniform(0, 0.22) if traits["male"] > 0.5 and traits["old"] > 0.4 else 0)
+    )
     strength = _hairline(basis, recede)
     if name == "bald":
         strength = strength * np.clip((7.75 - basis.vertices[:, 1]) / 0.1, 0, 1)
@@ -156,14 +168,23 @@ def grow_hair(
     parts = []
     jobs = [(style, strength, style.length * rng.uniform(0.8, 1.2), int(style.strands * amount), 0.022)]
     if beard is not None:
-        whiskers = Style(length=float(rng.uniform(0.04, 0.12)), strands=int(rng.uniform(900, 2500)), knots=3, gravity=0.3, mess=0.25, lift=0.5)
+        whiskers = Style(
+            length=float(rng.uniform(0.04, 0.12)),
+            strands=int(rng.uniform(900, 2500)),
+            knots=3,
+            gravity=0.3,
+            mess=0.25,
+            lift=0.5,
+        )
         jobs.append((whiskers, beard * (beard > 0.25), whiskers.length, int(whiskers.strands * amount), 0.010))
     for number, (cut, mask, length, count, radius) in enumerate(jobs):
         corners, weights = _scatter(rng, vertices, triangles, mask, count)
         root = np.einsum("skc,sk->sc", vertices[corners], weights)
         normal = np.einsum("skc,sk->sc", normals[corners], weights)
         normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
-        direction = _comb(cut.comb, root, parting) if number == 0 else np.tile(np.array([0.0, -1.0, 0.1]), (len(root), 1))
+        direction = (
+            _comb(cut.comb, root, parting) if number == 0 else np.tile(np.array([0.0, -1.0, 0.1]), (len(root), 1))
+        )
         offsets = _grow(rng, root, normal, direction, cut, length, tree, vertices[is_skin], normals[is_skin])
         if number == 0:  # nothing may hang over the face
             at = np.einsum("skc,sk->sc", basis.vertices[corners], weights)[:, None] + offsets

@@ -26,12 +26,33 @@ _SPREADS = (
     ("neck", 0.15), ("cleft", 0.15), ("laugh", 0.15), ("", 0.30),
 )  # fmt: skip
 _SKIN_TONES = np.array(
-    [(232, 198, 180), (222, 182, 158), (220, 175, 145), (198, 148, 115), (165, 115, 84), (122, 82, 58), (84, 56, 41), (61, 41, 31)]
+    [
+        (232, 198, 180),
+        (222, 182, 158),
+        (220, 175, 145),
+        (198, 148, 115),
+        (165, 115, 84),
+        (122, 82, 58),
+        (84, 56, 41),
+        (61, 41, 31),
+    ]
 )
 _HAIR_TONES = np.array(
-    [(24, 20, 18), (38, 26, 20), (62, 42, 28), (95, 66, 40), (140, 100, 58), (176, 142, 96), (110, 60, 34), (130, 126, 122), (200, 197, 192)]
+    [
+        (24, 20, 18),
+        (38, 26, 20),
+        (62, 42, 28),
+        (95, 66, 40),
+        (140, 100, 58),
+        (176, 142, 96),
+        (110, 60, 34),
+        (130, 126, 122),
+        (200, 197, 192),
+    ]
 )
-_IRIS_TONES = np.array([(60, 38, 22), (85, 55, 30), (110, 85, 45), (80, 105, 75), (95, 125, 150), (70, 95, 125), (120, 130, 130)])
+_IRIS_TONES = np.array(
+    [(60, 38, 22), (85, 55, 30), (110, 85, 45), (80, 105, 75), (95, 125, 150), (70, 95, 125), (120, 130, 130)]
+)
 _LIPSTICKS = np.array([(160, 50, 58), (180, 85, 85), (140, 45, 65), (195, 105, 100), (120, 55, 55)])
 _MASCULINE = 0.55
 
@@ -68,7 +89,12 @@ def _shape_weights(basis: HeadBasis, rng: Rng) -> tuple[dict[str, float], dict[s
     muscle, weight = rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.75)
 
     def split(value: float) -> dict[str, float]:
-        return {**tone_parts, "min": max(0, 1 - 2 * value), "average": 1 - abs(2 * value - 1), "max": max(0, 2 * value - 1)}
+        return {
+            **tone_parts,
+            "min": max(0, 1 - 2 * value),
+            "average": 1 - abs(2 * value - 1),
+            "max": max(0, 2 * value - 1),
+        }
 
     known, weights = set(basis.names), {}
     for sex, by_sex in (("male", male), ("female", 1 - male)):
@@ -107,7 +133,9 @@ def _tone(table: npt.NDArray[np.int_], position: float) -> Floats:
     return linear_rgb(table[low]) * (1 - f) + linear_rgb(table[low + 1]) * f
 
 
-def _paint(basis: HeadBasis, rng: Rng, traits: dict[str, float], tone: float, hair_rgb: Floats) -> tuple[Floats, Floats]:
+def _paint(
+    basis: HeadBasis, rng: Rng, traits: dict[str, float], tone: float, hair_rgb: Floats
+) -> tuple[Floats, Floats]:
     """Vertex colours (V, 3) and ambient occlusion (V,)."""
     rest = basis.vertices
     mirrored = rest * np.array([1, 1, 1], np.float32)
@@ -149,7 +177,12 @@ def _paint(basis: HeadBasis, rng: Rng, traits: dict[str, float], tone: float, ha
     ball = (kind == EYE) & (rest[:, 0] > 0)
     middle = rest[ball].mean(axis=0)
     rim = np.linalg.norm(mirrored - middle, axis=1) - np.linalg.norm(rest[ball] - middle, axis=1).max()
-    lash = np.exp(-((np.clip(rim, 0, 1) / 0.018) ** 2)) * is_skin * (depth > 1.2) * np.where(rest[:, 1] > middle[1] - 0.02, 1, 0.3)
+    lash = (
+        np.exp(-((np.clip(rim, 0, 1) / 0.018) ** 2))
+        * is_skin
+        * (depth > 1.2)
+        * np.where(rest[:, 1] > middle[1] - 0.02, 1, 0.3)
+    )
     albedo *= 1 - (lash * rng.uniform(0.5, 0.9))[:, None]
     return albedo.astype(np.float32), occlusion.astype(np.float32)
 
@@ -169,11 +202,18 @@ def _clothes(rng: Rng) -> tuple[Floats, Floats, Floats]:
     texture = noise_texture(rng, 128, 0.6)
     if rng.random() < 0.4:
         waves = np.sin(2 * np.pi * np.arange(128) * rng.integers(4, 20) / 128) > rng.uniform(-0.3, 0.6)
-        stripes = np.broadcast_to(waves, (128, 128)) if rng.random() < 0.5 else np.broadcast_to(waves[:, None], (128, 128))
+        stripes = (
+            np.broadcast_to(waves, (128, 128)) if rng.random() < 0.5 else np.broadcast_to(waves[:, None], (128, 128))
+        )
         texture = (0.6 * texture + 0.4 * stripes * rng.uniform(0.2, 0.9)).astype(np.float32)
     grey = rng.uniform(15, 215)
     colour = linear_rgb(np.clip(grey + rng.normal(0, 30, 3), 8, 235))
-    collar = [rng.uniform(5.6, 6.0), rng.uniform(0, 0.25), rng.uniform(0.2, 0.6) * rng.integers(0, 2), rng.uniform(0.25, 0.5)]
+    collar = [
+        rng.uniform(5.6, 6.0),
+        rng.uniform(0, 0.25),
+        rng.uniform(0.2, 0.6) * rng.integers(0, 2),
+        rng.uniform(0.25, 0.5),
+    ]
     return colour.astype(np.float32), texture, np.asarray(collar, np.float32)
 
 
@@ -184,7 +224,9 @@ def make_identity(basis: HeadBasis, seed: int, strands: float = 1.0) -> Identity
     vertices = basis.vertices.copy()
     for name, amount in weights.items():
         vertices += basis.deltas[basis.index(name)] * np.float32(amount)
-    tone = float(np.clip(5.6 * traits["african"] + 2.6 * traits["asian"] + 1.2 * traits["caucasian"] + rng.normal(0, 0.8), 0, 7))
+    tone = float(
+        np.clip(5.6 * traits["african"] + 2.6 * traits["asian"] + 1.2 * traits["caucasian"] + rng.normal(0, 0.8), 0, 7)
+    )
     choices = [0, 0, 1, 1, 2, 2, 3, 4, 5, 6] if traits["caucasian"] > 0.4 else [0, 0, 0, 1, 1, 2]
     if traits["old"] > 0.6 and rng.random() < 0.7:
         choices = [7, 8]
@@ -205,7 +247,9 @@ def make_identity(basis: HeadBasis, seed: int, strands: float = 1.0) -> Identity
         7.50 + rng.uniform(-0.015, 0.03), 0.028 + 0.030 * narrow * rng.uniform(0.6, 1.2), rng.uniform(0.13, 0.17),
         rng.uniform(0.50, 0.58), rng.uniform(0.015, 0.05), rng.uniform(0.75, 1.1),
     ]  # fmt: skip
-    iris = linear_rgb(_IRIS_TONES[rng.integers(0, 3) if tone > 3.2 or rng.random() < 0.3 else rng.integers(0, len(_IRIS_TONES))])
+    iris = linear_rgb(
+        _IRIS_TONES[rng.integers(0, 3) if tone > 3.2 or rng.random() < 0.3 else rng.integers(0, len(_IRIS_TONES))]
+    )
     lift = float(rng.uniform(0.15, 0.45))
     rest_units = {"browInnerUp": lift, "browOuterUpLeft": 0.6 * lift, "browOuterUpRight": 0.6 * lift}
     rest_units["eyeWideLeft"] = rest_units["eyeWideRight"] = float(rng.uniform(0.0, 0.15))
@@ -226,6 +270,8 @@ def make_identity(basis: HeadBasis, seed: int, strands: float = 1.0) -> Identity
         collar=collar,
         hair=hair,
         rest_units=rest_units,
-        centre=np.asarray([vertices[face, 0].mean(), 0.5 * (vertices[face, 1].min() + vertices[skin, 1].max()), 0.8], np.float32),
+        centre=np.asarray(
+            [vertices[face, 0].mean(), 0.5 * (vertices[face, 1].min() + vertices[skin, 1].max()), 0.8], np.float32
+        ),
         traits=traits,
     )

@@ -110,7 +110,15 @@ class Mouth:
 
 
 def perform(
-    basis: HeadBasis, identity: Identity, visemes: list[Viseme], samples: Floats, sample_rate: int, *, frames: int, rate: float, rng: Rng
+    basis: HeadBasis,
+    identity: Identity,
+    visemes: list[Viseme],
+    samples: Floats,
+    sample_rate: int,
+    *,
+    frames: int,
+    rate: float,
+    rng: Rng,
 ) -> Performance:
     """Motion of a clip whose frame i shows time i / rate."""
     style = Style(
@@ -132,9 +140,13 @@ def perform(
     yaw = wander(rng, frames, rate, 0.9, calm * rng.uniform(0.06, 0.2)) + rng.normal(0, 0.12)
     pitch = wander(rng, frames, rate, 0.7, calm * rng.uniform(0.03, 0.08)) + rng.normal(0.0, 0.04)
     roll = wander(rng, frames, rate, 1.0, calm * rng.uniform(0.02, 0.06)) + rng.normal(0, 0.02)
-    drift = np.stack([wander(rng, frames, rate, 1.2, calm * 0.06), wander(rng, frames, rate, 1.2, calm * 0.03)], 1) + rng.normal(0, 0.07, 2)
+    drift = np.stack(
+        [wander(rng, frames, rate, 1.2, calm * 0.06), wander(rng, frames, rate, 1.2, calm * 0.03)], 1
+    ) + rng.normal(0, 0.07, 2)
     zoom = rng.uniform(0.47, 0.61) / 1.8 * np.exp(wander(rng, frames, rate, 1.5, calm * 0.02))
-    gaze = np.stack([wander(rng, frames, rate, 0.5, 0.08) - 0.5 * yaw, wander(rng, frames, rate, 0.5, 0.05) + 0.3 * pitch], 1)
+    gaze = np.stack(
+        [wander(rng, frames, rate, 0.5, 0.08) - 0.5 * yaw, wander(rng, frames, rate, 0.5, 0.05) + 0.3 * pitch], 1
+    )
     brow, lid = np.clip(wander(rng, frames, rate, 0.6, 0.35), -0.15, 1), _blinks(rng, frames, rate)
     unit = {name: i for i, name in enumerate(basis.units)}
     expressions = np.zeros((frames, len(unit)), np.float32)
@@ -155,4 +167,9 @@ def perform(
         for i in range(frames)
     ]  # fmt: skip
     pan = np.stack([wander(rng, frames, rate, 1.2, calm * 0.006), wander(rng, frames, rate, 1.2, calm * 0.004)], 1)
-    return Performance(expressions=expressions, poses=poses, controls=control.astype(np.float32), background_shift=pan.astype(np.float32))
+    return Performance(
+        expressions=expressions,
+        poses=poses,
+        controls=control.astype(np.float32),
+        background_shift=pan.astype(np.float32),
+    )

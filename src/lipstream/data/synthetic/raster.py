@@ -13,7 +13,7 @@ from numba import njit
 FAR = np.float32(1e9)
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def draw_triangles(points: Any, triangles: Any, depth: Any, owner: Any, weight1: Any, weight2: Any) -> None:
     """Depth-tested fill: triangle number and the barycentric weights of its 2nd and 3rd corner per pixel."""
     height, width = depth.shape
@@ -47,7 +47,7 @@ def draw_triangles(points: Any, triangles: Any, depth: Any, owner: Any, weight1:
                     weight2[y, x] = w2
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def draw_depth(points: Any, triangles: Any, depth: Any) -> None:
     """Depth only, for the shadow map."""
     height, width = depth.shape
@@ -70,7 +70,7 @@ def draw_depth(points: Any, triangles: Any, depth: Any) -> None:
                     depth[y, x] = z
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def draw_strands(points: Any, radius: Any, depth: Any, owner: Any, along: Any) -> None:
     """Hair: points (S, K, 3) as tapering capsules; `owner` gets the strand, `along` its segment position 0..K-1."""
     height, width = depth.shape
@@ -99,7 +99,7 @@ def draw_strands(points: Any, radius: Any, depth: Any, owner: Any, along: Any) -
                         along[y, x] = k + u
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def vertex_normals(vertices: Any, triangles: Any, normals: Any) -> None:
     """Area-weighted unit normals of a mesh, written into `normals` (V, 3)."""
     normals[:] = 0.0

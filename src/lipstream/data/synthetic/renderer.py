@@ -65,7 +65,9 @@ class Renderer:
         self.basis, self.size = basis, size
         self.width = round(size * supersample)
         shape = (self.width, self.width)
-        self._depth, self._weight1, self._weight2, self._along, self._alpha = (np.zeros(shape, np.float32) for _ in range(5))
+        self._depth, self._weight1, self._weight2, self._along, self._alpha = (
+            np.zeros(shape, np.float32) for _ in range(5)
+        )
         self._owner, self._strand = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         self._out = np.zeros((*shape, 3), np.float32)
         self._shadow = np.zeros((_SHADOW_SIZE, _SHADOW_SIZE), np.float32)
@@ -98,9 +100,13 @@ class Renderer:
         zoom = _SHADOW_SIZE / _SHADOW_SPAN_DM
         matrix = np.zeros((3, 4), np.float32)
         matrix[:, :3] = np.stack([side * zoom, -rise * zoom, -towards])
-        matrix[:, 3] = np.array([_SHADOW_SIZE / 2, _SHADOW_SIZE / 2, 0]) - matrix[:, :3] @ np.array([0, 6.9, 0.8], np.float32)
+        matrix[:, 3] = np.array([_SHADOW_SIZE / 2, _SHADOW_SIZE / 2, 0]) - matrix[:, :3] @ np.array(
+            [0, 6.9, 0.8], np.float32
+        )
         self._shadow.fill(raster.FAR)
-        raster.draw_depth((vertices @ matrix[:, :3].T + matrix[:, 3]).astype(np.float32), self.basis.triangles, self._shadow)
+        raster.draw_depth(
+            (vertices @ matrix[:, :3].T + matrix[:, 3]).astype(np.float32), self.basis.triangles, self._shadow
+        )
         return matrix
 
     def render(self, identity: Identity, expression: Floats, pose: Pose, lights: Lights, background: Floats) -> Frame:

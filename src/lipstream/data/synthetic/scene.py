@@ -54,7 +54,9 @@ def make_lights(rng: Rng) -> Lights:
             towards(rng.choice([-1, 1]) * rng.uniform(2.0, 2.8), rng.uniform(0.0, 0.8)),
         ]
     )
-    colours = np.stack([tint * rng.uniform(0.7, 1.3), np.full(3, rng.uniform(0.08, 0.4)), np.full(3, rng.uniform(0.0, 0.45))])
+    colours = np.stack(
+        [tint * rng.uniform(0.7, 1.3), np.full(3, rng.uniform(0.08, 0.4)), np.full(3, rng.uniform(0.0, 0.45))]
+    )
     ambient = rng.uniform(0.2, 0.45)
     sky, ground = tint[::-1] * ambient, np.array([1, 0.95, 0.9]) * ambient * rng.uniform(0.4, 0.8)
     facing = np.clip(directions @ np.array([0, 0.1, 0.99]), 0, 1)

@@ -14,7 +14,7 @@ from numba import njit
 _SKIN, _MOUTH, _EYE, _TEETH, _TONGUE, _CLOTH = 0, 1, 2, 3, 4, 5
 
 
-@njit(cache=True, fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True, inline="always")
 def _texture(image: Any, u: float, v: float) -> float:
     """Bilinear look-up in a tiling square texture."""
     n = image.shape[0]
@@ -27,7 +27,7 @@ def _texture(image: Any, u: float, v: float) -> float:
     return (top * (1 - fy) + (image[y2, x] * (1 - fx) + image[y2, x2] * fx) * fy) * 1.0
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def collar_height(x: float, z: float, collar: Any) -> float:
     """Height below which the body is clothed, dm; collar = (height, back rise, neckline depth, neckline width)."""
     back = min(1.0, max(-1.0, 0.4 - z))
@@ -38,7 +38,7 @@ def collar_height(x: float, z: float, collar: Any) -> float:
     return level + 0.8 * min(1.0, max(0.0, (abs(x) - 0.55) / 0.35))
 
 
-@njit(cache=True, fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True, inline="always")
 def _eyebrow(x: float, y: float, brow: Any, noise: Any) -> float:
     """Cover 0..1 of the painted eyebrow; brow = (height, thickness, inner x, outer x, arch, density)."""
     side = abs(x)
@@ -55,7 +55,7 @@ def _eyebrow(x: float, y: float, brow: Any, noise: Any) -> float:
     return cover * brow[5] * min(1.0, max(0.25, (strand - 0.2) * 2.2))
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True)
 def shade(
     owner: Any, weight1: Any, weight2: Any, strand: Any, along: Any, triangles: Any, materials: Any, vertices: Any,
     normals: Any, rest: Any, albedo: Any, occlusion: Any, lips: Any, hair_points: Any, hair_colour: Any,
@@ -167,9 +167,24 @@ def shade(
                 dot = nx * light_dir[q, 0] + ny * light_dir[q, 1] + nz * light_dir[q, 2]
                 lit = 1.0
                 if q == 0 and dot > -wrap:
-                    sx = shadow_matrix[0, 0] * vx + shadow_matrix[0, 1] * vy + shadow_matrix[0, 2] * vz + shadow_matrix[0, 3]
-                    sy = shadow_matrix[1, 0] * vx + shadow_matrix[1, 1] * vy + shadow_matrix[1, 2] * vz + shadow_matrix[1, 3]
-                    sz = shadow_matrix[2, 0] * vx + shadow_matrix[2, 1] * vy + shadow_matrix[2, 2] * vz + shadow_matrix[2, 3]
+                    sx = (
+                        shadow_matrix[0, 0] * vx
+                        + shadow_matrix[0, 1] * vy
+                        + shadow_matrix[0, 2] * vz
+                        + shadow_matrix[0, 3]
+                    )
+                    sy = (
+                        shadow_matrix[1, 0] * vx
+                        + shadow_matrix[1, 1] * vy
+                        + shadow_matrix[1, 2] * vz
+                        + shadow_matrix[1, 3]
+                    )
+                    sz = (
+                        shadow_matrix[2, 0] * vx
+                        + shadow_matrix[2, 1] * vy
+                        + shadow_matrix[2, 2] * vz
+                        + shadow_matrix[2, 3]
+                    )
                     seen, total = 0.0, 0.0
                     for oy in range(-1, 2):
                         for ox in range(-1, 2):

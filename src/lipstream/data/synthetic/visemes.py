@@ -113,7 +113,10 @@ def visemes_of(phonemes: list[Phoneme]) -> list[Viseme]:
             continue
         pending = None
         edges = np.linspace(start, phoneme.end_s, len(names) + 1)
-        found += [Viseme(name=n, start_s=float(a), end_s=float(b)) for n, a, b in zip(names, edges[:-1], edges[1:], strict=True)]
+        found += [
+            Viseme(name=n, start_s=float(a), end_s=float(b))
+            for n, a, b in zip(names, edges[:-1], edges[1:], strict=True)
+        ]
     return found
 
 

@@ -6,17 +6,16 @@ Each `Voice.speak` returns mono samples and timed phonemes. Variety comes from t
 
 from __future__ import annotations
 
-import ctypes
-import logging
+import json
 import re
 import subprocess
+import sys
 import tempfile
 import wave
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from math import gcd
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,6 @@ from scipy.signal import resample_poly
 from lipstream.data.synthetic.visemes import Phoneme
 
 Floats = npt.NDArray[np.float32]
-log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
 _HIBARI_FRAME_S, _HIBARI_LABEL_DELAY_S = 0.025, 0.045  # measured: its labels follow the sound by 40-50 ms
@@ -66,81 +64,36 @@ class FliteVoice(Voice):
             said = subprocess.run(command, capture_output=True, text=True, check=True)
             with wave.open(str(path)) as audio:
                 rate = audio.getframerate()
-                samples = np.frombuffer(audio.readframes(audio.getnframes()), np.int16).astype(np.float32) / 32768
+                samples = np.frombuffer(audio.readframes(audio.getnframes()), np.int16) / np.float32(32768)
         phonemes, start = [], 0.0
         for symbol, end in re.findall(r"(\S+):([\d.]+)", said.stdout):
             phonemes.append(Phoneme(symbol=symbol, start_s=start, end_s=float(end), alphabet="arpabet"))
             start = float(end)
         if not phonemes:
             raise RuntimeError(f"flite printed no phoneme times for {text!r}")
-        return Speech(samples=samples, sample_rate=rate, phonemes=phonemes)
-
-
-class _EventId(ctypes.Union):
-    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]  # noqa: RUF012
-
-
-class _Event(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
-        ("type", ctypes.c_int), ("uid", ctypes.c_uint), ("text_position", ctypes.c_int), ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int), ("sample", ctypes.c_int), ("user_data", ctypes.c_void_p), ("id", _EventId),
-    ]  # fmt: skip
-
-
-class Espeak:
-    """The espeak-ng library of the system (one per process)."""
-
-    _RETRIEVAL, _PHONEME_EVENTS, _PHONEME_IPA, _UTF8, _PHONEME = 1, 1, 2, 1, 7
-    _RATE, _PITCH, _RANGE = 1, 3, 4
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL("libespeak-ng.so.1")
-        self.sample_rate = int(self._library.espeak_Initialize(2, 0, None, self._PHONEME_EVENTS | self._PHONEME_IPA))
-        if self.sample_rate <= 0:
-            raise RuntimeError("espeak-ng could not be initialised: are its data files installed?")
-        self._chunks: list[Floats] = []
-        self._events: list[tuple[str, float]] = []
-        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-        self._callback = kind(self._receive)  # kept alive as long as the library may call it
-        self._library.espeak_SetSynthCallback(self._callback)
-
-    def _receive(self, samples: Any, count: int, events: Any) -> int:
-        if count > 0 and samples:
-            self._chunks.append(np.ctypeslib.as_array(samples, (count,)).astype(np.float32) / 32768)
-        i = 0
-        while events[i].type != 0:
-            if events[i].type == self._PHONEME:
-                name = events[i].id.string.decode("utf8", "ignore")
-                self._events.append((name, events[i].audio_position / 1000))
-            i += 1
-        return 0
-
-    def say(self, text: str, voice: str, *, rate: int, pitch: int, spread: int) -> Speech:
-        """Speak with a voice name such as `en-us+f3`; rate in words per minute, pitch and spread 0..100."""
-        self._chunks, self._events = [], []
-        if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise ValueError(f"espeak-ng knows no voice {voice!r}")
-        for parameter, value in ((self._RATE, rate), (self._PITCH, pitch), (self._RANGE, spread)):
-            self._library.espeak_SetParameter(parameter, value, 0)
-        raw = text.encode()
-        self._library.espeak_Synth(raw, len(raw) + 1, 0, 1, 0, self._UTF8, None, None)
-        self._library.espeak_Synchronize()
-        samples = np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.float32)
-        edges = [at for _, at in self._events[1:]] + [len(samples) / self.sample_rate]
-        phonemes = [Phoneme(symbol=s, start_s=a, end_s=b) for (s, a), b in zip(self._events, edges, strict=True)]
-        return Speech(samples=samples, sample_rate=self.sample_rate, phonemes=phonemes)
+        return Speech(samples=samples.astype(np.float32), sample_rate=rate, phonemes=phonemes)
 
 
 class EspeakVoice(Voice):
-    """An espeak-ng voice with its own pitch and intonation."""
+    """An espeak-ng voice such as `en-us+f3`, with its own pitch and intonation (0..100); see `espeak_child`."""
 
-    def __init__(self, library: Espeak, variant: str, language: str, pitch: int, spread: int) -> None:
+    def __init__(self, variant: str, language: str, pitch: int, spread: int) -> None:
         self.name, self.language = f"espeak-{variant}", language
-        self._library, self._variant, self._pitch, self._spread = library, variant, pitch, spread
+        self._variant, self._pitch, self._spread = variant, pitch, spread
 
     def speak(self, text: str, speed: float, seed: int) -> Speech:
-        """See `Voice.speak`; espeak-ng has no random part."""
-        return self._library.say(text, self._variant, rate=round(165 * speed), pitch=self._pitch, spread=self._spread)
+        """See `Voice.speak`; espeak-ng has no random part of its own choosing."""
+        numbers = [str(round(165 * speed)), str(self._pitch), str(self._spread)]
+        child = [sys.executable, "-I", "-S", str(Path(__file__).with_name("espeak_child.py")), self._variant, *numbers]
+        said = subprocess.run(child, input=text.encode(), capture_output=True)
+        if said.returncode != 0:
+            raise RuntimeError(f"espeak-ng failed on {text!r}: {said.stderr.decode('utf8', 'replace').strip()}")
+        samples = (np.frombuffer(said.stdout, np.int16) / np.float32(32768)).astype(np.float32)
+        timing = json.loads(said.stderr)
+        rate, events = int(timing["sample_rate"]), timing["events"]
+        edges = [at for _, at in events[1:]] + [len(samples) / rate]
+        phonemes = [Phoneme(symbol=s, start_s=a, end_s=b) for (s, a), b in zip(events, edges, strict=True)]
+        return Speech(samples=samples, sample_rate=rate, phonemes=phonemes)
 
 
 class HibariVoice(Voice):
@@ -159,7 +112,8 @@ class HibariVoice(Voice):
         model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        providers = ["CPUExecutionProvider"]
+        self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
 
     def speak(self, text: str, speed: float, seed: int) -> Speech:
         """See `Voice.speak`; the noise part of the voice follows `seed`."""
@@ -175,7 +129,8 @@ class HibariVoice(Voice):
             edges = np.concatenate([[0.0], np.cumsum(frames.reshape(-1) * _HIBARI_FRAME_S)]) + offset
             if len(edges) != len(symbols) + 3:
                 raise RuntimeError(f"hibari gave {len(edges) - 1} durations for {len(symbols) + 2} symbols")
-            for mark, start, end in zip(f"_{symbols}_", np.maximum(edges[:-1], 0), np.maximum(edges[1:], 0), strict=True):
+            edges = np.maximum(edges, 0)
+            for mark, start, end in zip(f"_{symbols}_", edges[:-1], edges[1:], strict=True):
                 phonemes.append(Phoneme(symbol=mark, start_s=float(start), end_s=float(end)))
             pieces.append(np.asarray(wave_form, np.float32))
             offset += len(wave_form) / rate
@@ -196,7 +151,7 @@ class Cast:
     """All voices at hand; `draw` picks one with random parameters."""
 
     def __init__(self) -> None:
-        self._hibari, self._espeak = HibariVoice(), Espeak()
+        self._hibari = HibariVoice()
 
     def draw(self, rng: np.random.Generator, languages: tuple[str, ...]) -> tuple[Voice, float]:
         """A voice and its `vary` factor."""
@@ -204,9 +159,10 @@ class Cast:
         if kind < 0.38:
             return self._hibari, float(rng.uniform(0.76, 1.12))
         if kind < 0.66:
-            return FliteVoice(str(rng.choice(["slt", "rms", "awb", "kal16"], p=[0.35, 0.3, 0.25, 0.1]))), float(rng.uniform(0.85, 1.18))
+            speaker = str(rng.choice(["slt", "rms", "awb", "kal16"], p=[0.35, 0.3, 0.25, 0.1]))
+            return FliteVoice(speaker), float(rng.uniform(0.85, 1.18))
         language = "en" if rng.random() < 0.35 else str(rng.choice(languages))
-        base = str(rng.choice(["en-us", "en-gb"])) if language == "en" else language
+        base = str(rng.choice(["en-us", "en"])) if language == "en" else language
         tail = str(rng.choice(["", "+m1", "+m2", "+m3", "+m4", "+m7", "+f1", "+f2", "+f3", "+f4", "+f5"]))
         pitch, spread = int(rng.integers(25, 75)), int(rng.integers(30, 75))
-        return EspeakVoice(self._espeak, base + tail, language, pitch, spread), float(rng.uniform(0.88, 1.14))
+        return EspeakVoice(base + tail, language, pitch, spread), float(rng.uniform(0.88, 1.14))
