@@ -30,10 +30,7 @@ MEDIAPIPE = {
 
 def frames(count: int) -> list[np.ndarray]:
     with av.open(str(CLIP)) as container:
-        return [
-            f.to_ndarray(format="rgb24")
-            for f, _ in zip(container.decode(video=0), range(count), strict=False)
-        ]
+        return [f.to_ndarray(format="rgb24") for f, _ in zip(container.decode(video=0), range(count), strict=False)]
 
 
 def test_anchors_cover_the_input() -> None:
