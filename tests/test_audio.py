@@ -17,6 +17,7 @@ from lipstream.models.audio import (
     save_speech_encoder,
     speech_config,
 )
+from lipstream.training import speech
 
 
 @pytest.fixture(name="encoder")
@@ -120,3 +121,58 @@ def test_the_pocket_size_keeps_its_promises() -> None:
     assert 2e6 < parameters < 4e6
     with pytest.raises(ValueError, match="lookahead_samples"):
         type(config)(lookahead_samples=1_000)
+
+
+def _tiny_corpus(path: Path) -> None:
+    """Prepared utterances of random sound, as `prepare_corpus` would write them."""
+    rng = np.random.default_rng(0)
+    for name in ("train_one_0.0", "train_two_0.0", "test_real_0.0", "train_kept_0.0", "train_kept_0.1"):
+        samples = rng.normal(0, 0.1, 640 * 40).clip(-1, 1)
+        np.savez(
+            path / f"{name}.npz",
+            wav=(samples * 32767).astype(np.int16),
+            features=rng.normal(size=(40, 12)).astype(np.float16),
+            labels=rng.integers(-1, 22, (40, 4)).astype(np.int8),
+            prosody=speech.prosody(samples).astype(np.float16),
+        )
+
+
+def test_distillation_resumes_exactly_where_it_stopped(tmp_path: Path) -> None:
+    _tiny_corpus(tmp_path)
+
+    def run(name: str, steps: int) -> speech.Distiller:
+        settings = speech.SpeechTraining(
+            corpus=tmp_path,
+            checkpoint=tmp_path / name,
+            weights=tmp_path / name / "speech.safetensors",
+            steps=steps,
+            batch=2,
+            rows=10,
+            target_dims=4,
+            warmup_steps=100,
+            held_out=("kept",),
+        )
+        return speech.train(settings, speech_config("test"))
+
+    whole = run("whole", 3)
+    run("parts", 1)
+    resumed = run("parts", 3)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, atol=0, rtol=0)
+    assert (tmp_path / "parts" / "speech.safetensors").exists()
+    assert "kept" in (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_projection_keeps_what_the_teacher_says() -> None:
+    features = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(3, 12)
+    projection = speech.Projection.fit(features, dims=3)
+    back = projection(features) @ projection.inverse + projection.mean
+    torch.testing.assert_close(back, features, atol=1e-2, rtol=1e-2)
+
+
+def test_augmentation_is_repeatable_and_bounded() -> None:
+    samples = _samples(8_000, batch=4)
+    damaged = [speech.augment(samples, torch.Generator().manual_seed(5)) for _ in range(2)]
+    torch.testing.assert_close(damaged[0], damaged[1], atol=0, rtol=0)
+    assert damaged[0].abs().max() <= 1
+    assert damaged[0].shape == samples.shape

@@ -158,7 +158,7 @@ def prepare_corpus(utterances: Path, corpus: Path, teacher_file: Path, seed: int
                 continue
             with np.load(path) as file:
                 wav, labels = file["wav"], file["cls"]
-            spread = PITCH_RANGE if copy else (0.0 if copies == 1 else 0.03)
+            spread = 0.0 if copies == 1 else PITCH_RANGE if copy else 0.03
             factor = round(100 * (1 + float(rng.uniform(-spread, spread))))
             partial = target.with_suffix(".partial.npz")
             np.savez(partial, allow_pickle=False, **_prepare(teacher, wav, labels, factor))
@@ -217,7 +217,6 @@ class Projection:
     mean: Tensor
     matrix: Tensor
     inverse: Tensor
-    scale: Tensor  # the channels' own sizes, for measuring in standardised features
 
     @staticmethod
     def fit(features: Tensor, dims: int) -> Projection:
@@ -228,7 +227,7 @@ class Projection:
         values, vectors = values.flip(0)[:dims].clamp_min(1e-6), vectors.flip(1)[:, :dims]
         gain = values**-0.25
         gain = gain / (values.sqrt().mean().sqrt())  # unit variance on average
-        return Projection(mean, vectors / scale[:, None] * gain, (vectors / gain).T * scale, scale)
+        return Projection(mean, vectors / scale[:, None] * gain, (vectors / gain).T * scale)
 
     def __call__(self, features: Tensor) -> Tensor:
         """[..., f] -> [..., dims]."""
@@ -398,9 +397,8 @@ def train(settings: SpeechTraining, config: SpeechEncoderConfig, stop_at: float 
     Writes `metrics.jsonl` and `last.pt` beside the checkpoint and, at the end, the encoder's weights.
     """
     settings.checkpoint.mkdir(parents=True, exist_ok=True)
-    training, test, projection = load_corpus(settings.corpus, settings.target_dims, settings.held_out)
-    hours = sum(u.rows for u in training) / 25 / 3600
-    logger.info("%d training utterances (%.2f h), %d test utterances", len(training), hours, len(test))
+    training, test, _ = load_corpus(settings.corpus, settings.target_dims, settings.held_out)
+    logger.info("%d training utterances, %d test utterances", len(training), len(test))
     torch.manual_seed(settings.seed)
     model = Distiller(config, settings.target_dims)
     optimiser = torch.optim.AdamW(
@@ -413,15 +411,16 @@ def train(settings: SpeechTraining, config: SpeechEncoderConfig, stop_at: float 
         optimiser.load_state_dict(saved["optimiser"])
         step = saved["step"]
         logger.info("resumed at step %d", step)
-    generator = torch.Generator().manual_seed(settings.seed + step)
+    generator = torch.Generator()
     source = batches(training, settings, config.delay_rows, step)
     saved_at = time.monotonic()
-    with (settings.checkpoint / "metrics.jsonl").open("a") as metrics:
+    with (settings.checkpoint / "metrics.jsonl").open("a", buffering=1) as metrics:  # by lines
         while step < settings.steps and time.time() < stop_at:
             for group in optimiser.param_groups:
                 group["lr"] = settings.learning_rate * schedule(step, settings)
             samples, targets, labels, prosody_ = next(source)
-            samples = augment(samples, generator)
+            # Seeded by step, like the batches: a resumed run equals an uninterrupted one.
+            samples = augment(samples, generator.manual_seed(settings.seed + step))
             with torch.autocast("cpu", torch.bfloat16):
                 losses = model(samples, targets, labels, prosody_)
             total = sum((LOSS_WEIGHTS[name] * value for name, value in losses.items()), torch.zeros(()))
@@ -433,12 +432,11 @@ def train(settings: SpeechTraining, config: SpeechEncoderConfig, stop_at: float 
             if step % 20 == 0:
                 row = {"step": step, "time": time.time(), **{k: round(v.item(), 4) for k, v in losses.items()}}
                 metrics.write(json.dumps(row) + "\n")
-                metrics.flush()
             if time.monotonic() - saved_at > settings.checkpoint_seconds:
                 _save(model, optimiser, step, last)
                 saved_at = time.monotonic()
         _save(model, optimiser, step, last)
-        report = evaluate(model, test, projection)
+        report = evaluate(model, test)
         metrics.write(json.dumps({"step": step, "test": report}) + "\n")
     notes = {"teacher": "whisper-tiny.en encoder", "steps": str(step), "test": json.dumps(report)}
     save_speech_encoder(model.encoder, settings.weights, notes)
@@ -464,7 +462,7 @@ def _save(model: Distiller, optimiser: torch.optim.Optimizer, step: int, path: P
 
 
 @torch.no_grad()
-def evaluate(model: Distiller, test: list[Utterance], projection: Projection) -> dict[str, dict[str, float]]:
+def evaluate(model: Distiller, test: list[Utterance]) -> dict[str, dict[str, float]]:
     """Per voice: cosine and R2 to the teacher's (projected) features, articulation accuracy, p/b/m recall."""
     model.eval()
     sums: dict[str, dict[str, float]] = {}
