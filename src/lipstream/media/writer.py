@@ -202,7 +202,7 @@ class VideoWriter:
         """A stream of (packet, its start in seconds from time 0), in order; the output stream is added here."""
         container = open_media(path, need="audio")
         source = container.streams.audio[0]
-        name = source.codec_context.name
+        name = source.codec_context.codec.canonical_name
         # AAC without a header in its container (ADTS, MPEG-TS) has nothing to copy into MP4's own header.
         whole = name != "aac" or source.codec_context.extradata is not None
         if name in self._copied and whole and not container.format.name.startswith("aac"):
