@@ -23,6 +23,7 @@ from lipstream.data.synthetic.requirements import check_requirements
 _CRF = "14"
 _SAMPLE_RATE = 16000
 _FRAME_RATE = 25
+_MANIFEST_EVERY = 20  # clips: the list is nearly current even while a run goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +72,8 @@ def _write_wav(path: Path, samples: npt.NDArray[np.float32]) -> None:
 def _write_mp4(path: Path, frames: npt.NDArray[np.uint8], samples: npt.NDArray[np.float32]) -> None:
     """H.264 and AAC in one file, both starting at time 0."""
     with av.open(str(path), "w", format="mp4") as container:
-        video = container.add_stream(
-            "libx264", rate=_FRAME_RATE, options={"crf": _CRF, "preset": "veryfast", "threads": "1"}
-        )
+        options = {"crf": _CRF, "preset": "veryfast", "threads": "1"}
+        video = container.add_stream("libx264", rate=_FRAME_RATE, options=options)
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         audio = container.add_stream("aac", rate=_SAMPLE_RATE, layout="mono")
         audio.bit_rate = 96000
@@ -109,8 +109,9 @@ def synthesize(config: SynthesisConfig, folder: Path) -> Iterator[tuple[str, boo
     _write_card(config, folder)
     for index in range(config.clips):
         name = clip_name(config.seed, index)
-        record = folder / f"{name}.json"
-        if record.exists():
+        if index % _MANIFEST_EVERY == 0:
+            _write_manifest(folder)
+        if (folder / f"{name}.json").exists():
             yield name, False
             continue
         seed = config.seed * 1_000_003 + index
@@ -143,13 +144,13 @@ def _write_card(config: SynthesisConfig, folder: Path) -> None:
     part.write_text(
         f"""# Synthetic talking heads (lipstream)
 
-{config.clips} clips of {config.pixel_frames} frames at {_FRAME_RATE} fps, {config.size} x {config.size} pixels, seed {config.seed};
-one new person per clip. Made by `lipstream data synthesize --hours {config.hours:g} --seed {config.seed}
+{config.clips} clips of {config.pixel_frames} frames at {_FRAME_RATE} fps, {config.size} x {config.size} pixels,
+seed {config.seed}; one new person per clip. Made by `lipstream data synthesize --hours {config.hours:g} --seed {config.seed}
 --size {config.size} --clip-seconds {config.clip_seconds:g} OUT`; no real person appears or speaks.
 
 Per clip: `ID.mp4`, `ID.wav` (16 kHz mono, starts with the first frame), `ID.npz` (landmarks in pixels, lip opening
 over the distance of the outer eye corners, control curves, facial units, phonemes and visemes with times, mouth
-box), `ID.json`. `manifest.jsonl` lists all clips once the run is complete.
+box), `ID.json`. `manifest.jsonl` lists the finished clips.
 
 Sources: head geometry from MakeHuman (CC0); voices hibari-tts (Apache-2.0), flite (BSD style), espeak-ng (a GPL-3
 program whose output is not covered by its licence). The pictures are rule-based cartoons: mouth shapes follow fixed

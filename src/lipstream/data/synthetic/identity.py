@@ -144,9 +144,9 @@ def _paint(
     skin = _tone(_SKIN_TONES, tone) * rng.uniform(0.94, 1.06, 3)
     albedo = np.tile(skin, (len(rest), 1))
     blush = rng.uniform(0.2, 0.8) * (np.array([1.06, 0.82, 0.80]) * (1 - dark) + np.array([1.05, 0.9, 0.88]) * dark - 1)
-    for cover in (
-        _blob(mirrored, (0.45, 6.85, 1.35), (0.22, 0.2, 0.3)), _blob(rest, (0, 6.95, 1.65), (0.16, 0.14, 0.2)), basis.ears * 0.7,
-    ):  # fmt: skip
+    cheeks = _blob(mirrored, (0.45, 6.85, 1.35), (0.22, 0.2, 0.3))
+    nose = _blob(rest, (0, 6.95, 1.65), (0.16, 0.14, 0.2))
+    for cover in (cheeks, nose, basis.ears * 0.7):
         albedo *= 1 + cover[:, None] * blush
     albedo *= 1 - (basis.eyelids * rng.uniform(0, 0.3))[:, None] * np.array([0.25, 0.35, 0.3])
     lip = skin * (np.array([0.95, 0.55, 0.55]) * (1 - dark) + np.array([0.82, 0.60, 0.60]) * dark)

@@ -161,11 +161,16 @@ def perform(
         expressions[i] = value
     poses = [
         Pose(
-            yaw=float(yaw[i]), pitch=float(pitch[i] + 0.03 * level[i] * min(1.0, calm)), roll=float(roll[i]), body_yaw=float(0.15 * yaw[i]),
-            shift=(float(drift[i, 0]), float(drift[i, 1])), zoom=float(zoom[i]), gaze=(float(gaze[i, 0]), float(gaze[i, 1])),
+            yaw=float(yaw[i]),
+            pitch=float(pitch[i] + 0.03 * level[i] * min(1.0, calm)),  # stressed syllables come with a small nod
+            roll=float(roll[i]),
+            body_yaw=float(0.15 * yaw[i]),
+            shift=(float(drift[i, 0]), float(drift[i, 1])),
+            zoom=float(zoom[i]),
+            gaze=(float(gaze[i, 0]), float(gaze[i, 1])),
         )
         for i in range(frames)
-    ]  # fmt: skip
+    ]
     pan = np.stack([wander(rng, frames, rate, 1.2, calm * 0.006), wander(rng, frames, rate, 1.2, calm * 0.004)], 1)
     return Performance(
         expressions=expressions,

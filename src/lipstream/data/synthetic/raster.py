@@ -85,8 +85,20 @@ def draw_strands(points: Any, radius: Any, depth: Any, owner: Any, along: Any) -
             if length2 < 1e-8:
                 continue
             inverse = 1.0 / length2
+            nearest = min(az, bz)
+            left, right = min(ax, bx) - r, max(ax, bx) + r
+            # Rows of a steep segment touch a narrow band only: its half width and centre per row.
+            steep = abs(uy) > 0.5
+            slope = ux / uy if steep else 0.0
+            band = r * np.sqrt(length2) / abs(uy) if steep else 0.0
             for y in range(max(0, int(min(ay, by) - r)), min(height - 1, int(max(ay, by) + r)) + 1):
-                for x in range(max(0, int(min(ax, bx) - r)), min(width - 1, int(max(ax, bx) + r)) + 1):
+                x0, x1 = left, right
+                if steep:
+                    centre = ax + (y + 0.5 - ay) * slope
+                    x0, x1 = max(x0, centre - band - 1.0), min(x1, centre + band + 1.0)
+                for x in range(max(0, int(x0)), min(width - 1, int(x1)) + 1):
+                    if nearest >= depth[y, x]:
+                        continue
                     qx, qy = x + 0.5 - ax, y + 0.5 - ay
                     u = min(1.0, max(0.0, (qx * ux + qy * uy) * inverse))
                     ex, ey = qx - u * ux, qy - u * uy

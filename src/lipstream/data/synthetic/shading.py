@@ -160,7 +160,7 @@ def shade(
             red = (ground[0] + (sky[0] - ground[0]) * up) * r * ao
             green = (ground[1] + (sky[1] - ground[1]) * up) * g * ao
             blue = (ground[2] + (sky[2] - ground[2]) * up) * b * ao
-            inside = m == _MOUTH or m == _TEETH or m == _TONGUE
+            inside = m in (_MOUTH, _TEETH, _TONGUE)
             local = ao if inside else 0.35 + 0.65 * ao
             fresnel = 0.54 + 0.96 * (1 - max(0.0, nz)) ** 5
             for q in range(lights):
