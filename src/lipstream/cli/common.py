@@ -1,0 +1,162 @@
+"""What the commands share: exit codes, one-line errors, the progress bar and how times and sizes are written.
+
+Results go to standard output, everything else (progress, errors, log) to standard error.
+
+    >>> with show_progress() as report:
+    ...     lipsync(video, audio, output, progress=report)
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from lipstream.media.opening import open_media, picture_stream, seconds
+
+if TYPE_CHECKING:  # importing the pipeline loads torch: `--help` and a mistyped file name should not wait for that
+    from lipstream.pipeline import Progress, SyncReport
+
+EXIT_OK = 0
+EXIT_FAILED = 1  # a check failed, or a bug of ours
+EXIT_USAGE = 2  # the user's mistake: arguments or files
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class UsageError(ValueError):
+    """A mistake in what the user typed, with one line that says how to put it right."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where the help is, then leave with status 2."""
+        print_error(f"{message}; see {self.prog} --help")
+        raise SystemExit(EXIT_USAGE)
+
+
+def print_error(message: str) -> None:
+    """One line on standard error, never a trace."""
+    print(f"lipstream: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """The `-v` option of every command."""
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every step; on an error show the full trace")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that choose the model and how it runs."""
+    parser.add_argument("--model", default="pocket", help="name of the model (default: pocket, the one inside)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise; the same seed gives the same result")
+    parser.add_argument(
+        "--threads", type=positive, help="CPU threads of the networks (default: 1; the other stages use other cores)"
+    )
+
+
+def positive(text: str) -> int:
+    """An argument type: a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def set_logging(verbose: bool) -> None:
+    """Log to standard error: warnings, or everything with `-v`."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True)
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar with stage, frames, speed and time left on standard error; nothing where that is no terminal."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[frames]}"),
+        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[left]}"),
+    )
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("starting", total=None, frames="", speed="", left="")
+
+        def report(progress: Progress) -> None:
+            total = progress.total_frames
+            bar.update(
+                task,
+                description=escape(progress.stage),
+                completed=progress.done_frames,
+                total=total,
+                frames=f"{progress.done_frames}/{total or '?'} frames",
+                speed=f"{progress.fps:.1f} frames/s" if progress.fps else "",
+                left="" if progress.seconds_left is None else f"{clock(progress.seconds_left)} left",
+            )
+
+        yield report
+
+
+def clock(time_seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(time_seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def timestamp(time_seconds: float) -> str:
+    """A place in a video: m:ss.ss or h:mm:ss.ss."""
+    hundredths = round(time_seconds * 100)
+    minutes, rest = divmod(hundredths, 6000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{rest // 100:02}.{rest % 100:02}"
+    return f"{hours}:{minutes:02}:{text}" if hours else f"{minutes}:{text}"
+
+
+def size_text(count_bytes: float) -> str:
+    """Bytes as B, kB, MB or GB (powers of 1000)."""
+    for unit in ("B", "kB", "MB"):
+        if count_bytes < 1000:
+            return f"{count_bytes:.0f} {unit}" if unit == "B" else f"{count_bytes:.1f} {unit}"
+        count_bytes /= 1000
+    return f"{count_bytes:.1f} GB"
+
+
+def frame_times(path: Path) -> list[float]:
+    """Start of every frame of a video in seconds from its first, read from the packets without decoding."""
+    with open_media(path, need="video") as container:
+        stream = picture_stream(container)
+        assert stream is not None  # open_media(need="video") made sure
+        ticks = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+        return [float(seconds(tick - ticks[0], stream.time_base)) for tick in ticks]
+
+
+def summary(report: SyncReport) -> str:
+    """The one line at the end of a run: frames, speed, what was passed through and where the result lies."""
+    synced = f"{report.synced_frames} of {report.frames} frames synced"
+    parts = [f"{synced} in {report.seconds:.1f} s ({report.fps:.1f} frames/s)"]
+    if report.passed_through:
+        parts.append(f"no face, unchanged: {_spans(report)}")
+    return f"{report.output}: {'; '.join(parts)}; model {report.model}"
+
+
+def _spans(report: SyncReport, limit: int = 8) -> str:
+    """The passed-through frame ranges as times; the end is the start of the first frame after."""
+    times = frame_times(report.output)
+    step = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0
+    times.append(times[-1] + step)
+    last = len(times) - 1
+    spans = [f"{timestamp(times[min(a, last)])}-{timestamp(times[min(b, last)])}" for a, b in report.passed_through]
+    more = f" and {len(spans) - limit} more" if len(spans) > limit else ""
+    return ", ".join(spans[:limit]) + more

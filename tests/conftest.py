@@ -1,0 +1,12 @@
+"""For every test: one thread per worker, and no time limit per example (machines differ in speed)."""
+
+from __future__ import annotations
+
+import cv2
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+cv2.setNumThreads(1)
+settings.register_profile("lipstream", deadline=None)
+settings.load_profile("lipstream")
