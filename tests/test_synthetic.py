@@ -59,7 +59,12 @@ def test_every_foreign_sentence_is_drawn() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"hours": 0.0}, "hours"), ({"seed": -1}, "seed"), ({"size": 47}, "size"), ({"clip_seconds": 0.0}, "clip seconds")],
+    [
+        ({"hours": 0.0}, "hours"),
+        ({"seed": -1}, "seed"),
+        ({"size": 47}, "size"),
+        ({"clip_seconds": 0.0}, "clip seconds"),
+    ],
 )
 def test_bad_settings_are_named(change: dict[str, float], message: str) -> None:
     settings: dict[str, float] = {"hours": 1.0, "seed": 0, "size": 64, "clip_seconds": 1.0, **change}

@@ -105,7 +105,7 @@ def load_basis() -> HeadBasis:
 
     def pick(values: Floats, filler: float = 0.0) -> Floats:
         shape = (len(teeth.vertices), *values.shape[1:])
-        return np.concatenate([values, np.full(shape, filler, np.float32)])[used].astype(np.float32)
+        return np.asarray(np.concatenate([values, np.full(shape, filler, np.float32)])[used], np.float32)
 
     vertices = np.concatenate([head, teeth.vertices])[used].astype(np.float32)
     all_deltas = np.ascontiguousarray(np.concatenate([deltas, tooth_deltas], axis=1)[:, used].astype(np.float32))

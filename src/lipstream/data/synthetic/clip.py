@@ -101,9 +101,8 @@ def draw_clip(
     pictures, points, openings = [], [], []
     for i in range(frames):
         dx, dy = np.clip(np.round(acting.background_shift[i] * size), -margin, margin).astype(int) + margin
-        frame = renderer.render(
-            identity, acting.expressions[i], acting.poses[i], lights, background[dy : dy + size, dx : dx + size]
-        )
+        behind = background[dy : dy + size, dx : dx + size].astype(np.float32)
+        frame = renderer.render(identity, acting.expressions[i], acting.poses[i], lights, behind)
         gx, gy = rng.integers(0, 64, 2)
         image = frame.image
         if strength > 0:

@@ -140,13 +140,15 @@ def _write_manifest(folder: Path) -> None:
 
 def _write_card(config: SynthesisConfig, folder: Path) -> None:
     """The data set card."""
+    command = f"lipstream data synthesize --hours {config.hours:g} --seed {config.seed} OUT"
+    command += f" --size {config.size} --clip-seconds {config.clip_seconds:g}"
     part = folder / "README.md.part"
     part.write_text(
         f"""# Synthetic talking heads (lipstream)
 
 {config.clips} clips of {config.pixel_frames} frames at {_FRAME_RATE} fps, {config.size} x {config.size} pixels,
-seed {config.seed}; one new person per clip. Made by `lipstream data synthesize --hours {config.hours:g} --seed {config.seed}
---size {config.size} --clip-seconds {config.clip_seconds:g} OUT`; no real person appears or speaks.
+seed {config.seed}; one new person per clip. No real person appears or speaks. Made by
+`{command}`.
 
 Per clip: `ID.mp4`, `ID.wav` (16 kHz mono, starts with the first frame), `ID.npz` (landmarks in pixels, lip opening
 over the distance of the outer eye corners, control curves, facial units, phonemes and visemes with times, mouth

@@ -66,19 +66,19 @@ def _hairline(basis: HeadBasis, recede: float) -> Floats:
     temple = 7.25 + (z - 0.55) / 0.45 * (0.6 + recede)
     level = np.where(z > 1.0, front, np.where(z > 0.55, temple, np.where(z > 0.25, 7.35, 6.75)))
     allowed = (basis.ears < 0.3) & (basis.vertex_materials == SKIN) & (y > 6.6)
-    return (np.clip((y - level) / 0.08, 0, 1) * allowed).astype(np.float32)
+    return np.asarray(np.clip((y - level) / 0.08, 0, 1) * allowed, np.float32)
 
 
-def _comb(kind: str, root: Floats, parting: float) -> Floats:
+def _comb(kind: str, root: Floats, parting: float) -> npt.NDArray[np.floating]:
     """Direction field before it is projected onto the scalp."""
     if kind == "bun":
-        return np.array([0.0, 7.75, -0.65]) - root
+        return np.asarray(np.array([0.0, 7.75, -0.65]) - root)
     if kind == "part":
         side = np.tanh((root[:, 0] - parting) / 0.08)
         over = np.clip((root[:, 1] - 7.6) / 0.4, 0, 1)
         return np.stack([side * (0.35 + over), -0.55 - 0.2 * (1 - over), np.where(root[:, 2] > 0.7, -0.25, -0.35)], 1)
     away = root - np.array([parting * 0.4, 8.6, -0.25])  # the whorl on the crown
-    return away + np.array([0.0, -0.2, 0.25])
+    return np.asarray(away + np.array([0.0, -0.2, 0.25]))
 
 
 def _scatter(
@@ -144,7 +144,7 @@ def _resample(offsets: Floats, knots: int) -> Floats:
     at = np.linspace(0, have - 1, knots)
     low = np.minimum(at.astype(int), have - 2)
     f = (at - low)[None, :, None].astype(np.float32)
-    return offsets[:, low] * (1 - f) + offsets[:, low + 1] * f
+    return np.asarray(offsets[:, low] * (1 - f) + offsets[:, low + 1] * f, np.float32)
 
 
 def grow_hair(

@@ -124,7 +124,8 @@ def _shape_weights(basis: HeadBasis, rng: Rng) -> tuple[dict[str, float], dict[s
 
 
 def _blob(points: Floats, centre: tuple[float, float, float], radius: tuple[float, float, float]) -> Floats:
-    return np.exp(-(((points - np.asarray(centre)) / np.asarray(radius)) ** 2).sum(axis=1)).astype(np.float32)
+    square = (((points - np.asarray(centre)) / np.asarray(radius)) ** 2).sum(axis=1)
+    return np.asarray(np.exp(-square), np.float32)
 
 
 def _tone(table: npt.NDArray[np.int_], position: float) -> Floats:
@@ -194,7 +195,7 @@ def _beard_area(basis: HeadBasis) -> Floats:
     area = _blob(rest, (0, 6.3, 1.3), (0.6, 0.35, 0.6)) + _blob(mirrored, (0.55, 6.6, 0.8), (0.25, 0.4, 0.5))
     area = np.clip(area + _blob(rest, (0, 6.75, 1.6), (0.3, 0.06, 0.2)), 0, 1) * (1 - np.clip(basis.lips * 1.5, 0, 1))
     inside = (rest[:, 1] < 6.85) & (rest[:, 1] > 6.0) & (basis.vertex_materials == SKIN)
-    return (area * inside).astype(np.float32)
+    return np.asarray(area * inside, np.float32)
 
 
 def _clothes(rng: Rng) -> tuple[Floats, Floats, Floats]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 
 _TEETH, _MOUTH = 3, 1
@@ -32,10 +33,10 @@ class Teeth:
     upper: npt.NDArray[np.bool_]  # (N,)
 
 
-def _arch(distance: Floats, depth: float) -> tuple[Floats, Floats]:
+def _arch(distance: Floats) -> tuple[Array, Array]:
     """Points (x, z) of the arch at a signed arc length from the midline, dm."""
     t = np.linspace(0.0, 1.25, 200)
-    x, z = 0.30 * np.sin(t), 1.488 - 0.43 * (1 - np.cos(t)) ** 1.12 - depth
+    x, z = 0.30 * np.sin(t), 1.488 - 0.43 * (1 - np.cos(t)) ** 1.12
     arc = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(z)))])
     size = np.abs(distance)
     return np.sign(distance) * np.interp(size, arc, x), np.interp(size, arc, z)
@@ -54,7 +55,7 @@ def _strip(widths: tuple[float, ...], edge: float, root: float, depth: float) ->
     s, a = np.concatenate([-s[::-1], s]), np.concatenate([-a[::-1], a])
     rows = np.linspace(0.0, 1.0, _ROWS)[:, None]  # 0 at the biting edge
     inset = depth + 0.014 * np.abs(a) ** 6 + 0.010 * (1 - rows) ** 2
-    x, z = _arch(np.broadcast_to(s, (_ROWS, len(s))).astype(np.float32), 0.0)
+    x, z = _arch(np.broadcast_to(s, (_ROWS, len(s))).astype(np.float32))
     scallop = (root - edge) * 0.10 * np.abs(a) ** 4 * (1 - rows)
     shrink = (root - edge) * 0.25 * np.abs(s) / start
     y = edge + scallop + (root - edge - shrink * 0.5) * rows + shrink * (1 - rows) * 0.5
@@ -65,7 +66,7 @@ def _strip(widths: tuple[float, ...], edge: float, root: float, depth: float) ->
 
 def _gum(y: tuple[float, float, float], depth: float) -> tuple[Floats, Floats]:
     s = np.broadcast_to(np.linspace(-0.40, 0.40, 25, dtype=np.float32), (3, 25))
-    x, z = _arch(s, 0.0)
+    x, z = _arch(s)
     rows = np.asarray(y, np.float32)[:, None] * np.ones_like(s)
     inset = depth + np.asarray([0.012, 0.03, 0.05], np.float32)[:, None]
     tint = np.zeros((3, 25, 3), np.float32)
