@@ -8,8 +8,11 @@ Also the orientation of phone videos: they stay turned in the file, and only loo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import av
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -107,8 +110,9 @@ def rgb_to_yuv(rgb: NDArray[np.generic], space: int, full_range: bool) -> NDArra
     luma_gain, chroma_gain, black = (1.0, 1.0, 0.0) if full_range else (219 / 255, 224 / 255, 16.0)
     cb = np.array([-kr, -kg, 1 - kb]) / (2 * (1 - kb)) * chroma_gain
     cr = np.array([1 - kr, -kg, -kb]) / (2 * (1 - kr)) * chroma_gain
-    matrix = np.stack([np.array([kr, kg, kb]) * luma_gain, cb, cr], axis=1).astype(np.float32)
-    return np.asarray(rgb.astype(np.float32) @ matrix + np.array([black, 128, 128], np.float32), np.float32)
+    rows = np.stack([np.array([kr, kg, kb]) * luma_gain, cb, cr])
+    affine = np.column_stack([rows, [black, 128, 128]]).astype(np.float32)
+    return np.asarray(cv2.transform(rgb.astype(np.float32), affine), np.float32)
 
 
 def plane_arrays(frame: av.VideoFrame) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
@@ -138,12 +142,18 @@ def copy_frame(frame: av.VideoFrame) -> av.VideoFrame:
 
 
 def blend_box(
-    frame: av.VideoFrame, rgb: NDArray[np.generic], alpha: NDArray[np.float32], origin: tuple[int, int]
+    frame: av.VideoFrame,
+    rgb: NDArray[np.generic],
+    reference: NDArray[np.uint8],
+    alpha: NDArray[np.float32],
+    origin: tuple[int, int],
 ) -> None:
     """Blend rgb [h, w, 3] into the frame's own planes at origin (x, y), stored orientation, in place.
 
     alpha [h, w] in 0..1. A luma sample changes where alpha > 0, a chroma sample where all of its pixels have
-    alpha > 0, so no pixel with alpha 0 changes in any plane.
+    alpha > 0, so no pixel with alpha 0 changes in any plane. `reference` [h, w, 3] is what the same box looks like
+    in RGB now: the planes move by the difference, so the rounding of the conversion cancels and a patch equal to
+    the reference changes nothing.
     """
     shift_x, shift_y = CHROMA_SHIFT[frame.format.name]
     step_x, step_y = 1 << shift_x, 1 << shift_y
@@ -155,21 +165,39 @@ def blend_box(
     if left or top or right or bottom:
         alpha = np.pad(alpha, ((top, bottom), (left, right)))
         rgb = np.pad(rgb, ((top, bottom), (left, right), (0, 0)), mode="edge")
+        reference = np.pad(reference, ((top, bottom), (left, right), (0, 0)), mode="edge")
         x0, y0 = x0 - left, y0 - top
-    yuv = rgb_to_yuv(rgb, luma_space(frame), is_full_range(frame))
+    space, full = luma_space(frame), is_full_range(frame)
+    after, before = rgb_to_yuv(rgb, space, full), rgb_to_yuv(reference, space, full)
+    # A clipped reference lost the colour that its samples hold: there the patch alone decides.
+    faithful = reduce(np.logical_and, [(c > 0) & (c < 255) for c in (reference[..., i] for i in range(3))])
     luma, cb, cr = plane_arrays(frame)
-    _blend(luma, yuv[..., 0], alpha, x0, y0)
-    cells = (alpha.shape[0] // step_y, step_y, alpha.shape[1] // step_x, step_x)
-    covered = alpha.reshape(cells)
-    weight = np.where(covered.min(axis=(1, 3)) > 0, covered.mean(axis=(1, 3)), 0).astype(np.float32)
-    for plane, values in ((cb, yuv[..., 1]), (cr, yuv[..., 2])):
-        _blend(plane, values.reshape(cells).mean(axis=(1, 3)), weight, x0 >> shift_x, y0 >> shift_y)
+    _blend(luma, after[..., 0], before[..., 0], faithful, alpha, x0, y0)
+
+    def corners(values: NDArray[Any]) -> list[NDArray[Any]]:
+        # The pixels of each chroma cell, one array per place in the cell (far faster than reducing tiny axes).
+        return [values[dy::step_y, dx::step_x] for dy in range(step_y) for dx in range(step_x)]
+
+    def mean(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(reduce(np.add, corners(values)) / (step_x * step_y), np.float32)
+
+    weight = np.where(reduce(np.minimum, corners(alpha)) > 0, mean(alpha), np.float32(0))
+    faithful = reduce(np.logical_and, corners(faithful))
+    for index, plane in ((1, cb), (2, cr)):
+        new, old = mean(after[..., index]), mean(before[..., index])
+        _blend(plane, new, old, faithful, weight, x0 >> shift_x, y0 >> shift_y)
 
 
-def _blend(plane: NDArray[np.uint8], values: NDArray[np.float32], alpha: NDArray[np.float32], x: int, y: int) -> None:
-    """plane[y:, x:] <- (1 - alpha) plane + alpha values, rounded; samples with alpha 0 are not touched."""
+def _blend(
+    plane: NDArray[np.uint8],
+    after: NDArray[np.float32],
+    before: NDArray[np.float32],
+    faithful: NDArray[np.bool_],
+    alpha: NDArray[np.float32],
+    x: int,
+    y: int,
+) -> None:
+    """Move plane[y:, x:] by alpha of the way to `after`; samples with alpha 0 are not touched. All [h, w]."""
     part = plane[y : y + alpha.shape[0], x : x + alpha.shape[1]]
-    # A padded cell may reach one sample beyond a picture of odd size.
-    values, alpha = values[: part.shape[0], : part.shape[1]], alpha[: part.shape[0], : part.shape[1]]
-    mixed = part + alpha * (values - part)
-    np.copyto(part, np.clip(np.rint(mixed), 0, 255).astype(np.uint8), where=alpha > 0)
+    moved = part + alpha * (after - np.where(faithful, before, part))
+    np.copyto(part, np.clip(np.rint(moved), 0, 255).astype(np.uint8), where=alpha > 0)

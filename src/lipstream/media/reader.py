@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from types import TracebackType
+from typing import Any
 
 import av
 import numpy as np
@@ -79,7 +80,7 @@ class SourceFrame:
 
 
 def replace_region(
-    frame: SourceFrame, rgb_patch: NDArray[np.generic], box: Box, alpha: NDArray[np.generic]
+    frame: SourceFrame, rgb_patch: NDArray[np.generic], box: Box, alpha: NDArray[np.floating[Any]]
 ) -> SourceFrame:
     """A copy of a frame with a patch blended in; everything with alpha 0 stays bit-identical in the YUV planes.
 
@@ -95,13 +96,19 @@ def replace_region(
     width, height = frame.size
     cx0, cy0, cx1, cy1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
     changed = replace(frame, stored=copy_frame(frame.stored))
-    if cx0 >= cx1 or cy0 >= cy1:
+    inside = alpha[max(cy0 - y0, 0) : max(cy1 - y0, 0), max(cx0 - x0, 0) : max(cx1 - x0, 0)] > 0
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    if not rows.size:
         return changed
-    inside = np.s_[cy0 - y0 : cy1 - y0, cx0 - x0 : cx1 - x0]
+    # Only the part of the box that really changes is worked on.
+    cx0, cx1 = cx0 + int(columns[0]), cx0 + int(columns[-1]) + 1
+    cy0, cy1 = cy0 + int(rows[0]), cy0 + int(rows[-1]) + 1
+    part = np.s_[cy0 - y0 : cy1 - y0, cx0 - x0 : cx1 - x0]
     turn = frame.orientation
-    weight = np.clip(turn.stored(alpha[inside]).astype(np.float32), 0, 1)
+    weight = np.clip(turn.stored(alpha[part]).astype(np.float32), 0, 1)
     left, top, _, _ = turn.stored_box((cx0, cy0, cx1, cy1), width, height)
-    blend_box(changed.stored, turn.stored(rgb_patch[inside]), weight, (left, top))
+    now = np.asarray(turn.stored(frame.image[cy0:cy1, cx0:cx1]), np.uint8)
+    blend_box(changed.stored, turn.stored(rgb_patch[part]), now, weight, (left, top))
     return changed
 
 
