@@ -25,7 +25,7 @@ def laplacian_variance(grey: NDArray[np.uint8]) -> float:
 
 
 def mouth_box(landmarks: NDArray[Any], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) px around the lips of landmarks [468, >=2], clipped to a picture of (height, width)."""
+    """(left, top, right, bottom) px around the lips of landmarks [468, >=2] in a picture of `size` (height, width)."""
     lips = landmarks[list(BOX_LANDMARKS), :2]
     margin = MARGIN * inter_ocular(landmarks)
     left, top = np.floor(lips.min(0) - margin).astype(int)
