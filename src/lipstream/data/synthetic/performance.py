@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float32]
 Rng = np.random.Generator
 
 _PRESSED_DM = 0.004  # closed lips overlap by this much, so that no light shines through
+_WIDEST = 0.36  # eye distances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class Mouth:
         value[unit["mouthRollLower"]] = np.clip(0.7 * labio + 0.2 * np.clip(close - 0.6, 0, 1), 0, 1)
         value[unit["mouthRollUpper"]] = 0.2 * np.clip(close - 0.6, 0, 1)
         value[unit["tongueOut"]] = 0.18 * tongue * free
-        wanted = opening * a * self.eye_distance_dm - _PRESSED_DM * np.clip(close, 0, 1)
+        wanted = min(opening * a, _WIDEST) * self.eye_distance_dm - _PRESSED_DM * np.clip(close, 0, 1)
         jaw, closer = unit["jawOpen"], unit["mouthClose"]
         missing = wanted - self._neutral - float(self._gain @ value)
         if missing > 0:
@@ -122,7 +123,7 @@ def perform(
 ) -> Performance:
     """Motion of a clip whose frame i shows time i / rate."""
     style = Style(
-        amplitude=float(rng.uniform(0.9, 1.5)),
+        amplitude=float(rng.uniform(1.0, 1.75)),
         asymmetry=float(rng.normal(0, 0.07)),
         smile=float(np.clip(rng.normal(0.03, 0.08), 0, 0.3)),
         loudness=float(rng.uniform(0.1, 0.4)),
