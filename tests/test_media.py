@@ -177,8 +177,9 @@ def test_frames_and_times_are_kept(make: Make, tmp_path: Path, fps: Fraction | i
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
 def test_variable_rate_is_kept(make: Make, tmp_path: Path, suffix: str) -> None:
     source = make("in.mp4", frames=8, pts=[0, 40, 41, 90, 200, 201, 333, 400], time_base=Fraction(1, 1000))
-    copy(source, tmp_path / f"out{suffix}")
+    result = copy(source, tmp_path / f"out{suffix}")
     assert times(tmp_path / f"out{suffix}") == times(source)
+    assert result.duration_seconds == pytest.approx(0.44, abs=0.002)  # the last frame shows 1/25 s
 
 
 def test_late_start_is_kept(make: Make, tmp_path: Path) -> None:

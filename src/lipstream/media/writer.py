@@ -31,6 +31,7 @@ from lipstream.media.speech import audio_origin, cut_samples, decode_audio, layo
 logger = logging.getLogger(__name__)
 
 AudioPacket: TypeAlias = "av.Packet[av.AudioStream]"
+VideoPacket: TypeAlias = "av.Packet[av.VideoStream]"
 
 # suffix -> (muxer, audio codecs that it holds unchanged)
 CONTAINERS = {
@@ -77,6 +78,9 @@ class VideoWriter:
         self._like = like
         self._end = Fraction(0)  # when the last written frame stops showing, from the first frame
         self._origin: int | None = None
+        self._durations: dict[Fraction, Fraction] = {}  # of the frames inside the encoder, by time
+        self._held: VideoPacket | None = None
+        self._first_dts: int | None = None
         self._closed = False
         self._temporary = self._reserve()
         try:
@@ -114,7 +118,8 @@ class VideoWriter:
             # The frame may be shown several times (bounce): its timestamp is the sequence's, not the decoder's.
             stored.pts, stored.time_base, stored.duration = frame.pts, frame.time_base, frame.duration_pts
             stored.pict_type = av.video.frame.PictureType.NONE
-            self._container.mux(self._video.encode(stored))
+            self._durations[frame.pts * frame.time_base] = frame.duration_pts * frame.time_base
+            self._mux_video(self._video.encode(stored))
             self._end = (frame.pts + frame.duration_pts - self._origin) * frame.time_base
             self._mux_audio(self._end)
         except (av.FFmpegError, OSError) as error:
@@ -132,7 +137,7 @@ class VideoWriter:
         try:
             if not self.frames_written:
                 raise MediaError(self.path, "got no frames to write", "check that the source has a picture")
-            self._container.mux(self._video.encode(None))
+            self._mux_video(self._video.encode(None), last=True)
             self._mux_audio(self._end, last=True)
             self._container.close()
             with open(self._temporary, "rb+") as stream:
@@ -260,6 +265,27 @@ class VideoWriter:
                 yield packet, seconds(packet.pts, packet.time_base) - self._start()
         for packet in encoder.encode(None):
             yield packet, seconds(packet.pts, packet.time_base) - self._start()
+
+    def _mux_video(self, packets: list[VideoPacket], *, last: bool = False) -> None:
+        """Write encoded frames with their own durations (the encoder would guess them from the average rate)."""
+        for packet in packets:
+            duration = self._durations.pop(seconds(packet.pts, packet.time_base), None)
+            if duration is not None:
+                packet.duration = round(duration / packet.time_base)
+            if self._first_dts is None:
+                self._first_dts = packet.dts
+            if self._held is not None:
+                self._container.mux(self._held)
+            self._held = packet
+        if last and self._held is not None:
+            # MP4 adds up decoding times: with reordered frames of varying length only the last packet can make the
+            # sum equal to what is shown.
+            shown = round(self._end / self._held.time_base)
+            rest = shown - ((self._held.dts or 0) - (self._first_dts or 0))
+            if self._muxer != "matroska" and rest > 0:
+                self._held.duration = rest
+            self._container.mux(self._held)
+            self._held = None
 
     def _start(self) -> Fraction:
         """The timestamp of the first video frame in seconds: where the sound's time 0 goes."""
