@@ -12,7 +12,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from lipstream.cli.common import EXIT_OK, add_model, add_verbose, show_progress, summary
+from lipstream.cli.common import EXIT_OK, add_model, add_verbose, show_progress, silence_tflite, summary
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     args.output.mkdir(parents=True, exist_ok=True)
     video, sheet = args.output / "lipstream-demo.mp4", args.output / "lipstream-demo.png"
+    silence_tflite()
     lipsync = LipSync.from_pretrained(args.model, seed=args.seed, threads=args.threads)
     with demo_files() as (clip, speech):
         with show_progress() as report:

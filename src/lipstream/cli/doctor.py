@@ -20,7 +20,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from lipstream.cli.common import EXIT_FAILED, EXIT_OK, add_verbose, size_text
+from lipstream.cli.common import EXIT_FAILED, EXIT_OK, add_verbose, silence_tflite, size_text
 from lipstream.cli.demo import demo_files
 
 REINSTALL = "install lipstream again: pip install --force-reinstall --no-deps lipstream"
@@ -54,6 +54,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `lipstream doctor`; returns the exit status."""
+    silence_tflite()
     table = Table("check", "status", "found", "fix", title="lipstream doctor")
     findings = list(examine(speed=not args.no_speed))
     for finding in findings:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lipstream.cli.common import EXIT_OK, UsageError, add_model, add_verbose, show_progress, summary
+from lipstream.cli.common import EXIT_OK, UsageError, add_model, add_verbose, show_progress, silence_tflite, summary
 from lipstream.media.opening import open_media
 
 DESCRIPTION = (
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from lipstream.pipeline import LipSync
 
+    silence_tflite()
     lipsync = LipSync.from_pretrained(args.model, seed=args.seed, threads=args.threads)
     with show_progress() as report:
         result = lipsync(args.video, args.audio, args.output, crf=args.crf, progress=report)

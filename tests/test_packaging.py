@@ -1,0 +1,119 @@
+"""The package: what the wheel holds, that it runs away from the checkout, and that the pins fit."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from lipstream.cli.doctor import WEIGHTS, read_sums
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+UNWANTED = {"torchvision", "torchaudio", "decord"}
+MAX_WEIGHTS = 40_000_000  # bytes
+
+
+def plain(name: str) -> str:
+    """A package name as registries compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    """Package -> version of constraints.txt."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    return {plain(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def requirements() -> list[Requirement]:
+    """Everything that pyproject.toml asks for, extras included."""
+    extras = PROJECT["optional-dependencies"]
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras["synth"], *extras["dev"]]]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)], cwd=ROOT, check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    source = ROOT / "src"
+    files = {
+        p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
+    about = f"lipstream-{PROJECT['version']}.dist-info/"
+    assert {name for name in names if not name.startswith(about)} == files
+    assert {about + "licenses/LICENSE", about + "licenses/NOTICE", about + "entry_points.txt"} <= names
+    assert {"lipstream/py.typed", "lipstream/assets/demo/clip.mp4", "lipstream/assets/demo/speech.m4a"} <= names
+
+
+def test_wheel_runs_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "COLUMNS": "200"}
+    code = "import lipstream; print(lipstream.__file__); from lipstream.cli.main import main; main(['--version'])"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    place, version = done.stdout.splitlines()
+    assert Path(place).is_relative_to(tmp_path) and version == f"lipstream {PROJECT['version']}"
+
+
+def test_weights_are_whole_and_small() -> None:
+    folder = ROOT / "src" / "lipstream" / "assets" / "pocket"
+    sums = read_sums(folder / "SHA256SUMS")
+    assert set(WEIGHTS) <= sums.keys(), "after new weights: make checksums"
+    assert {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sums} == sums
+    assert sum((folder / name).stat().st_size for name in sums) <= MAX_WEIGHTS
+
+
+def test_demo_files_are_small() -> None:
+    folder = ROOT / "src" / "lipstream" / "assets" / "demo"
+    assert (folder / "clip.mp4").stat().st_size <= 400_000
+    assert (folder / "speech.m4a").stat().st_size <= 150_000
+
+
+def test_every_requirement_is_pinned_within_its_range() -> None:
+    pinned = pins()
+    for requirement in requirements():
+        assert requirement.specifier.contains(pinned[plain(requirement.name)]), requirement
+
+
+def test_unwanted_packages_are_not_in_the_resolved_set() -> None:
+    assert not UNWANTED & pins().keys()
+    reached: set[str] = set()
+    queue = requirements()
+    while queue:
+        name = plain(queue.pop().name)
+        if name in reached:
+            continue
+        reached.add(name)
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # an extra that is not installed here
+            continue
+        queue += [r for r in map(Requirement, needs) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert not UNWANTED & reached
+
+
+def test_notice_names_every_third_party_asset() -> None:
+    notice = (ROOT / "NOTICE").read_text()
+    for part in ("face_detection_short_range", "face_landmark", "MakeHuman", "GRID", "whisper", "hibari", "demo"):
+        assert part in notice
+
+
+def test_readme_first_screen_has_the_two_commands() -> None:
+    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
+    assert "make demo" in screen and "make test" in screen and "docs/contact.png" in screen
