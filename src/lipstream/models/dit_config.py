@@ -82,8 +82,9 @@ FLAVOURS: dict[str, DiTConfig] = {
         audio_dim=6, audio_hidden=8, audio_blocks=(1, 1),
     ),
     "pocket": DiTConfig(
-        dim=384, ffn_dim=1536, num_heads=6, num_layers=8, latent_channels=40, text_dim=0, audio_dim=256,
-        audio_hidden=128, audio_blocks=(0, 7), prediction="reference_residual", input_gate=True,
+        dim=320, ffn_dim=1280, num_heads=5, num_layers=8, latent_channels=48, text_dim=0, audio_dim=256,
+        audio_hidden=192, audio_blocks=(0, 7), prediction="reference_residual", input_gate=True,
+        active_tokens=((False,) * 5, *((True,) * 5 for _ in range(4))),
     ),
     "1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, audio_blocks=(2, 15)),
     "14b": DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, audio_blocks=(2, 20)),

@@ -13,6 +13,7 @@ chunking == one shot" (tests/test_streaming.py) is what each such layer has to p
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch import nn
 
 StateT = TypeVar("StateT")
 Snapshot = dict[str, Any]
+ModuleT = TypeVar("ModuleT", bound="StreamingModule[Any]")
 
 
 def clone_state(value: Any) -> Any:
@@ -94,6 +96,14 @@ class StreamingModule(nn.Module, Generic[StateT]):
         """Drop all state below this module."""
         for _, module in _stateful(self):
             module._state = None
+
+    def stream_view(self: ModuleT, batch: int) -> ModuleT:
+        """A streaming twin that shares every weight and has a state of its own: one per stream, however many run."""
+        tensors = [*self.parameters(), *self.buffers()]
+        twin = copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
+        twin.stop_streaming()
+        twin.start_streaming(batch)
+        return twin
 
     def reset(self, batch: int) -> None:
         """Forget the past and go on streaming with `batch` rows."""

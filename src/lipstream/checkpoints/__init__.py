@@ -1,0 +1,1 @@
+"""Weights on disk: names, files, formats. Nothing here knows what the networks do."""

@@ -1,0 +1,69 @@
+"""One network, one safetensors file: its configuration travels as JSON in the file's metadata.
+
+Loading is strict: a missing, extra or misshapen tensor is listed and refused, never skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+def save_module(module: nn.Module, config: Mapping[str, Any], path: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write all tensors of ``module`` (floating ones as ``dtype``) and its configuration; atomic."""
+    tensors = {
+        name: (tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()).contiguous().clone()
+        for name, tensor in module.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"config": json.dumps(dict(config))})
+    temporary.replace(path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration stored by :func:`save_module`.
+
+    Raises:
+        ValueError: no such file, not safetensors, or no configuration in it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such weights file")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    if "config" not in metadata:
+        raise ValueError(f"{path}: has no configuration in its metadata; was it written by lipstream?")
+    config: dict[str, Any] = json.loads(metadata["config"])
+    return config
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    """Fill ``module`` with the tensors of ``path``; every name and shape must match.
+
+    Raises:
+        ValueError: names or shapes differ; all differences are listed.
+    """
+    expected = module.state_dict()
+    with safe_open(str(path), "pt") as file:
+        names = set(file.keys())
+        problems = [f"missing {name}" for name in sorted(set(expected) - names)]
+        problems += [f"unknown {name}" for name in sorted(names - set(expected))]
+        for name in sorted(names & set(expected)):
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(expected[name].shape):
+                problems.append(f"{name} is {shape}, the network needs {tuple(expected[name].shape)}")
+        if problems:
+            raise ValueError(f"{path} does not fit the network: " + "; ".join(problems))
+        with torch.no_grad():
+            for name, tensor in expected.items():
+                tensor.copy_(file.get_tensor(name))

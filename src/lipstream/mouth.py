@@ -1,0 +1,165 @@
+"""The model side of lip-sync: face canvases and speech in, generated mouths out, one chunk at a time.
+
+:class:`MouthModel` holds the networks of a flavour (codec, DiT, speech encoder); :class:`Take` is one uninterrupted
+stretch of one face with all its state (codec history, KV cache, audio pack). The pipeline pulls files through a take,
+a live session pushes frames into one; both call :meth:`Take.step` with 9 pixel frames first and 12 after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lipstream.checkpoints.files import load_module, read_config, save_module
+from lipstream.diffusion.rollout import Rollout
+from lipstream.faces.canvas import CANVAS_PX, FaceCanvas, Float
+from lipstream.models.audio import SpeechEncoder, load_speech_encoder
+from lipstream.models.codec import PocketCodec, load_codec
+from lipstream.models.dit import Conditions, DiT, DiTConfig
+
+FIRST_CHUNK_PIXEL_FRAMES = 9
+CHUNK_PIXEL_FRAMES = 12
+
+
+@dataclass(frozen=True)
+class CanvasFrame:
+    """One source frame as the codec sees it: shape field [20, 20, 2] and texture [160, 160, 3] uint8."""
+
+    field: Float
+    texture: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Mouth:
+    """A generated mouth for one pixel frame.
+
+    Attributes:
+        field: [20, 20, 2] target shape field, crop px.
+        paint: [160, 160, 3] uint8 canvas; only where ``gate`` > 0 does it matter.
+        gate: [160, 160] float32 in 0..1.
+    """
+
+    field: Float
+    paint: NDArray[np.uint8]
+    gate: Float
+
+
+class MouthModel:
+    """The networks of one flavour, ready for inference.
+
+    Args:
+        dtype: of the DiT and the painter; bfloat16 is about twice as fast where the CPU has it.
+    """
+
+    def __init__(
+        self, dit: DiT, codec: PocketCodec, speech: SpeechEncoder, guidance: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.dit = dit.eval().requires_grad_(False).to(dtype)
+        self.codec = codec.eval().requires_grad_(False)
+        self.codec.painter.to(dtype)
+        self.speech = speech.eval().requires_grad_(False)
+        self.guidance = guidance
+        self.canvas = FaceCanvas()
+        self.dtype = dtype
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> MouthModel:
+        """Read ``dit.safetensors``, ``codec.safetensors`` and ``speech.safetensors`` of a flavour's folder."""
+        config = read_config(folder / "dit.safetensors")
+        guidance = float(config.pop("guidance"))
+        dit = DiT(DiTConfig.from_dict(config))
+        load_module(dit, folder / "dit.safetensors")
+        codec = load_codec(folder / "codec.safetensors")
+        return cls(dit, codec, load_speech_encoder(folder / "speech.safetensors"), guidance, dtype)
+
+
+def save_dit(model: DiT, guidance: float, path: Path) -> None:
+    """Write a DiT and the guidance scale that it was tuned with."""
+    config: dict[str, Any] = {**model.config.to_dict(), "guidance": guidance}
+    save_module(model, config, path)
+
+
+class Take:
+    """State of one face's uninterrupted stretch of video; see the module docstring.
+
+    Args:
+        seed: of all noise; chunk k's noise depends on (seed, k) only.
+    """
+
+    def __init__(self, model: MouthModel, seed: int = 0) -> None:
+        self.model = model
+        grid = model.codec.config.grid
+        self._codec = model.codec.stream_view(1)
+        self._rollout = Rollout(model.dit, batch=1, height=grid, width=grid, seed=seed, guidance=model.guidance)
+        self._mask = model.codec.mouth_mask().to(model.dtype)
+        self._reference: Tensor | None = None
+
+    @property
+    def next_pixel_frames(self) -> int:
+        """How many frames the next :meth:`step` takes."""
+        return FIRST_CHUNK_PIXEL_FRAMES if self._rollout.chunk == 0 else CHUNK_PIXEL_FRAMES
+
+    @torch.inference_mode()
+    def step(self, frames: Sequence[CanvasFrame], speech: Tensor) -> list[Mouth]:
+        """Generate the mouths of one chunk.
+
+        Args:
+            frames: ``next_pixel_frames`` source frames.
+            speech: [pixel frames, D] rows of the speech encoder for the same frames.
+
+        Raises:
+            ValueError: wrong number of frames or rows.
+        """
+        if len(frames) != self.next_pixel_frames or len(speech) != len(frames):
+            raise ValueError(
+                f"a step takes {self.next_pixel_frames} frames and rows, got {len(frames)} frames, {len(speech)} rows"
+            )
+        dtype = self.model.dtype
+        fields = torch.from_numpy(np.stack([f.field for f in frames]))[None]
+        textures = torch.from_numpy(np.stack([f.texture for f in frames]))
+        textures = rearrange(textures, "f h w c -> 1 f c h w").float() / 255
+        z = self._codec.encode(fields, textures)
+        if self._reference is None:
+            self._reference = z[:, :, :1].to(dtype)
+        audio = self._pack(speech.to(dtype)[None], first=self._rollout.chunk == 0)
+        conditions = Conditions(
+            reference=self._reference,
+            mask=self._mask,
+            masked_video=z.to(dtype) * (1 - self._mask),
+            ref_sequence=z.to(dtype),
+            audio=audio,
+        )
+        x0 = self._rollout.step(conditions).float()
+        x0 = torch.where(self._mask > 0, x0, z)
+        decoded = self._codec.decode(x0, z, textures)
+        return self._mouths(decoded.fields[0], decoded.paint[0], decoded.gate[0])
+
+    def commit(self) -> None:
+        """Pay the clean pass now (between chunks) instead of at the start of the next step."""
+        with torch.inference_mode():
+            self._rollout.commit()
+
+    def _pack(self, speech: Tensor, first: bool) -> Tensor:
+        pack = self.model.dit.audio_proj
+        rows = torch.cat([speech[:, :1].expand(-1, 3, -1), speech], 1) if first else speech
+        packed: Tensor = pack.norm_out(pack.proj(rearrange(rows, "b (t r) d -> b t (r d)", r=4)))
+        return packed
+
+    def _mouths(self, fields: Tensor, paint: Tensor, gate: Tensor) -> list[Mouth]:
+        top, bottom, left, right = self.model.codec.config.paint_box_px
+        count = len(fields)
+        canvas = np.zeros((count, CANVAS_PX, CANVAS_PX, 3), np.uint8)
+        colours = (paint.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+        canvas[:, top:bottom, left:right] = rearrange(colours, "f c h w -> f h w c").numpy()
+        gates = np.zeros((count, CANVAS_PX, CANVAS_PX), np.float32)
+        gates[:, top:bottom, left:right] = gate.numpy()
+        shapes = fields.numpy()
+        return [Mouth(shapes[i], canvas[i], gates[i]) for i in range(count)]

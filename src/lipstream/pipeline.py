@@ -1,0 +1,227 @@
+"""Video file + speech file -> video file: the composition of the stages, nothing else.
+
+from lipstream import LipSync
+lipsync = LipSync.from_pretrained("pocket")
+report = lipsync("talk.mp4", "speech.wav", "out.mp4")        # a file, or
+for frame in lipsync.stream("talk.mp4", "speech.wav"):        # frames as they are made; the same frames
+    show(frame.frame.image)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lipstream.background import Ahead
+from lipstream.media.bounce import BouncingReader
+from lipstream.media.opening import MediaError
+from lipstream.media.reader import VideoReader
+from lipstream.media.speech import SpeechReader, count_speech_samples
+from lipstream.media.writer import VideoWriter
+from lipstream.mouth import MouthModel
+from lipstream.session import Observed, Observer, Session, SpeechRows, SyncedFrame
+
+log = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+MODELS = ("pocket",)
+_AHEAD = 16  # frames between two stages
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. ``total_frames`` and ``seconds_left`` are None while the source's length is unknown."""
+
+    stage: str
+    done_frames: int
+    total_frames: int | None
+    fps: float
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What a run did.
+
+    Attributes:
+        passed_through: half-open ranges of frames that were left as they were because no face was found.
+        stage_seconds: busy wall time of each stage (they overlap).
+        first_frame_seconds: from the start of the run to its first finished frame.
+    """
+
+    output: Path
+    frames: int
+    synced_frames: int
+    passed_through: tuple[tuple[int, int], ...]
+    seconds: float
+    stage_seconds: dict[str, float]
+    model: str
+    first_frame_seconds: float
+
+    @property
+    def fps(self) -> float:
+        return self.frames / max(self.seconds, 1e-9)
+
+
+@dataclass
+class _Clock:
+    """Busy time per stage and time to the first frame of one run."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def add(self, stage: str, since: float) -> None:
+        self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - since
+
+
+class LipSync:
+    """A loaded model, ready to sync any number of videos, one at a time."""
+
+    def __init__(self, model: MouthModel, name: str, seed: int = 0) -> None:
+        self.model, self.name, self.seed = model, name, seed
+
+    @classmethod
+    def from_pretrained(cls, model: PathLike = "pocket", *, seed: int = 0, threads: int | None = None) -> LipSync:
+        """Load a model by name or from a folder.
+
+        Args:
+            model: "pocket" (inside the package) or a folder with dit, codec and speech .safetensors.
+            seed: of all noise; the same seed gives the same video.
+            threads: CPU threads of the networks; default 1, which leaves the other cores to the other stages.
+
+        Raises:
+            ValueError: unknown name, or files that do not fit.
+        """
+        folder = Path(model)
+        if str(model) in MODELS:
+            folder = Path(__file__).parent / "assets" / str(model)
+        elif not folder.is_dir():
+            raise ValueError(f"unknown model '{model}': not a folder, and the built-in models are {', '.join(MODELS)}")
+        torch.set_num_threads(threads or 1)
+        dtype = torch.bfloat16 if _fast_bfloat16() else torch.float32
+        log.info("model %s from %s, cpu, %s, %d thread(s)", model, folder, dtype, torch.get_num_threads())
+        return cls(MouthModel.load(folder, dtype), str(model), seed)
+
+    def __call__(
+        self,
+        video: PathLike,
+        audio: PathLike,
+        output: PathLike,
+        *,
+        crf: int = 16,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> SyncReport:
+        """Write ``video`` with lips that follow ``audio`` to ``output`` (atomically) and report.
+
+        Raises:
+            MediaError: a file cannot be read or written, or the video shows no face at all.
+        """
+        clock = _Clock()
+        reader = VideoReader(video)
+        frames = synced = 0
+        gaps: list[tuple[int, int]] = []
+        with VideoWriter(output, like=reader, audio=audio, crf=crf) as writer:
+            for done in self._frames(reader, video, audio, progress, clock):
+                since = time.perf_counter()
+                writer.write(done.frame)
+                clock.add("write", since)
+                frames += 1
+                synced += done.synced
+                if not done.synced:
+                    gaps = (
+                        [*gaps[:-1], (gaps[-1][0], frames)]
+                        if gaps and gaps[-1][1] == frames - 1
+                        else [*gaps, (frames - 1, frames)]
+                    )
+            if not synced:
+                raise MediaError(
+                    video, f"shows no face in any of its {frames} frames", "use a video of a talking person"
+                )
+        seconds = time.perf_counter() - clock.started
+        return SyncReport(
+            output=Path(output),
+            frames=frames,
+            synced_frames=synced,
+            passed_through=tuple(gaps),
+            seconds=seconds,
+            stage_seconds={k: round(v, 3) for k, v in clock.stages.items()},
+            model=self.name,
+            first_frame_seconds=clock.first or seconds,
+        )
+
+    def stream(
+        self, video: PathLike, audio: PathLike, *, progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[SyncedFrame]:
+        """Frames of the result as they are made, equal to what :meth:`__call__` writes."""
+        return self._frames(VideoReader(video), video, audio, progress, _Clock())
+
+    def _frames(
+        self,
+        reader: VideoReader,
+        video: PathLike,
+        audio: PathLike,
+        progress: Callable[[Progress], None] | None,
+        clock: _Clock,
+    ) -> Iterator[SyncedFrame]:
+        samples = count_speech_samples(audio)
+        if not samples:
+            raise MediaError(audio, "its sound has no samples", "use a file with speech in it")
+        source = BouncingReader(reader, samples)
+        total = _expected_frames(reader, samples)
+        observer = Observer(self.model.canvas)
+        speech = SpeechReader(audio)
+        session = Session(self.model, reader.time_base, SpeechRows(self.model, speech.read), self.seed)
+
+        def observed() -> Iterator[Observed]:
+            for frame in source:
+                since = time.perf_counter()
+                seen = observer.step(frame)
+                clock.add("faces", since)
+                yield seen
+
+        def generated() -> Iterator[SyncedFrame]:
+            with Ahead(observed(), _AHEAD, "faces") as ahead:
+                for seen in ahead:
+                    since = time.perf_counter()
+                    ready = list(session.push(seen))
+                    clock.add("mouths", since)
+                    yield from ready
+                yield from session.finish()
+
+        done = 0
+        with Ahead(generated(), _AHEAD, "mouths") as frames:
+            for frame in frames:
+                if clock.first is None:
+                    clock.first = time.perf_counter() - clock.started
+                done += 1
+                if progress is not None:
+                    progress(_progress(done, total, clock.started))
+                yield frame
+
+
+def _progress(done: int, total: int | None, started: float) -> Progress:
+    fps = done / max(time.perf_counter() - started, 1e-6)
+    left = None if total is None else max(0, total - done) / max(fps, 1e-6)
+    return Progress("sync", done, total, fps, left)
+
+
+def _expected_frames(reader: VideoReader, samples: int) -> int | None:
+    """Frames of the result, as far as the headers tell."""
+    from_speech = round(samples / 16_000 * reader.fps)
+    if reader.duration_seconds is None or reader.frames is None:
+        return max(1, from_speech)
+    if reader.duration_seconds > samples / 16_000:
+        return max(1, min(reader.frames, from_speech))
+    return max(reader.frames, from_speech)
+
+
+def _fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it would be emulated and slow."""
+    return bool(torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported())

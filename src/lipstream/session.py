@@ -1,0 +1,253 @@
+"""The stages of lip-sync, pushed frame by frame: track, cut into takes, generate, give every source frame its mouth.
+
+A file and a live stream are the same thing here: whoever has a source frame calls :meth:`Session.push`, and gets back
+the frames that are finished. Memory is bounded by one chunk (0.48 s) of frames. The pipeline runs the first half
+(:class:`Observer`) in a thread of its own.
+
+Time: model frame i stands at i / 25 s from the first source frame and hears that instant of the speech. A source frame
+between two model frames gets the mean of their mouths' shapes, weighted by time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lipstream.faces.canvas import Alignment, FaceCanvas, Float
+from lipstream.faces.composite import Compositor, Patch
+from lipstream.faces.track import FaceTracker
+from lipstream.media.reader import SourceFrame, replace_region
+from lipstream.media.timeline import MODEL_FPS, GridSampler
+from lipstream.mouth import CanvasFrame, Mouth, MouthModel, Take
+
+MAX_GAP_MODEL_FRAMES = 12  # a face lost for longer ends its take
+MAX_JUMP_CROP_PX = 60.0  # more than half the distance between the eyes from one frame to the next is a cut
+
+
+@dataclass(frozen=True)
+class Face:
+    """A tracked face on its frame."""
+
+    alignment: Alignment
+    field: Float
+    id: int
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A source frame and the face on it, if any. ``cut`` marks a face that does not continue the one before."""
+
+    frame: SourceFrame
+    face: Face | None
+    canvas: CanvasFrame | None
+    cut: bool
+
+
+@dataclass(frozen=True)
+class SyncedFrame:
+    """One output frame.
+
+    Attributes:
+        frame: the frame to show or write; the very source frame where ``synced`` is False.
+        synced: whether a generated mouth was put in.
+        patch: the changed pixels before encoding (None when nothing changed).
+    """
+
+    index: int
+    pts: int
+    time_base: Fraction
+    frame: SourceFrame
+    synced: bool
+    patch: Patch | None
+
+
+class Observer:
+    """First half: where is the face, and what does the codec see of it."""
+
+    def __init__(self, canvas: FaceCanvas) -> None:
+        self._canvas = canvas
+        self._tracker = FaceTracker()
+        self._before: Face | None = None
+
+    def step(self, frame: SourceFrame) -> Observed:
+        """Track one frame; frames come in order of time."""
+        image = frame.image
+        track = self._tracker.step(image)
+        if track is None:
+            return Observed(frame, None, None, False)
+        alignment = self._canvas.align(track.landmarks)
+        field = self._canvas.field(track.landmarks, alignment)
+        face = Face(alignment, field, track.id)
+        cut = self._before is not None and self._jumped(self._before, face)
+        self._before = face
+        return Observed(frame, face, CanvasFrame(field, self._canvas.texture(image, field, alignment)), cut)
+
+    @staticmethod
+    def _jumped(before: Face, face: Face) -> bool:
+        """Whether the face's centre leapt: the old crop's origin seen in the new crop."""
+        if before.id != face.id:
+            return True
+        centre = before.alignment.inverse @ np.array([0.0, 0.0, 1.0])
+        moved = face.alignment.matrix[:, :2] @ centre + face.alignment.matrix[:, 2]
+        return bool(np.hypot(moved[0], moved[1]) > MAX_JUMP_CROP_PX)
+
+
+class Session:
+    """Second half: generate and compose.
+
+    Args:
+        model: the networks.
+        time_base: unit of the source's pts.
+        rows: ``rows(start, stop)`` gives the speech encoder's rows [stop - start, D] of those model frames; silence
+            where the speech has ended.
+        seed: of all noise.
+    """
+
+    def __init__(
+        self, model: MouthModel, time_base: Fraction, rows: Callable[[int, int], Tensor], seed: int = 0
+    ) -> None:
+        self._model, self._rows, self._seed = model, rows, seed
+        self._compositor = Compositor(model.canvas)
+        self._grid: GridSampler[Observed] = GridSampler(time_base)
+        self._time_base = time_base
+        self._origin: int | None = None
+        self._waiting: deque[Observed] = deque()
+        self._mouths: dict[int, Mouth | None] = {}
+        self._decided = 0  # model frames below this have their mouth (or None)
+        self._take: Take | None = None
+        self._chunk: list[CanvasFrame] = []
+        self._held: CanvasFrame | None = None  # the last face of the take
+        self._missing = 0
+
+    def push(self, observed: Observed) -> Iterator[SyncedFrame]:
+        """Take the next source frame; yields the frames that are finished now."""
+        if self._origin is None:
+            self._origin = observed.frame.pts
+        self._waiting.append(observed)
+        for shown in self._grid.push(observed.frame.pts, observed):
+            self._model_frame(shown)
+        yield from self._finished(final=False)
+
+    def finish(self) -> Iterator[SyncedFrame]:
+        """No more frames: generate the rest."""
+        for shown in self._grid.finish():
+            self._model_frame(shown)
+        self._end_take()
+        yield from self._finished(final=True)
+
+    # ------------------------------------------------------------------ model side
+
+    def _model_frame(self, shown: Observed) -> None:
+        """Advance the 25 fps grid by one frame."""
+        if self._take is not None and (shown.cut or self._missing > MAX_GAP_MODEL_FRAMES):
+            self._end_take()
+        if shown.canvas is None:
+            self._missing += 1
+        else:
+            self._missing = 0
+            if self._take is None:
+                self._take = Take(self._model, self._seed)
+        if self._take is None:
+            self._mouths[self._decided] = None
+            self._decided += 1
+            return
+        # A short gap holds the last face, so that the take's history stays whole; its frames pass through anyway.
+        self._held = shown.canvas or self._held
+        assert self._held is not None  # a take begins with a face
+        self._chunk.append(self._held)
+        if len(self._chunk) == self._take.next_pixel_frames:
+            self._generate()
+
+    def _generate(self) -> None:
+        """Run the take on the gathered chunk, padded at the end of a take."""
+        assert self._take is not None
+        valid, need = len(self._chunk), self._take.next_pixel_frames
+        frames = self._chunk + [self._chunk[-1]] * (need - valid)
+        mouths = self._take.step(frames, self._rows(self._decided, self._decided + need))
+        for mouth in mouths[:valid]:
+            self._mouths[self._decided] = mouth
+            self._decided += 1
+        self._chunk = []
+
+    def _end_take(self) -> None:
+        if self._take is not None and self._chunk:
+            self._generate()
+        self._take, self._held, self._missing = None, None, 0
+
+    # --------------------------------------------------------------- picture side
+
+    def _finished(self, final: bool) -> Iterator[SyncedFrame]:
+        while self._waiting:
+            place = (self._waiting[0].frame.pts - (self._origin or 0)) * self._time_base * MODEL_FPS
+            lower = int(place)
+            share = float(place - lower)
+            if share > 0.98:  # time bases like 1/90000 round; a hair below a model frame is that model frame
+                lower, share = lower + 1, 0.0
+            needed = lower + (2 if share > 0.02 else 1)
+            if self._decided < needed and not final:
+                return
+            observed = self._waiting.popleft()
+            yield self._compose(observed, min(lower, self._decided - 1), share)
+            for old in [i for i in self._mouths if i < lower]:
+                del self._mouths[old]
+
+    def _compose(self, observed: Observed, lower: int, share: float) -> SyncedFrame:
+        frame, face, mouth = observed.frame, observed.face, self._mouths.get(lower)
+        patch = None
+        if face is not None and mouth is not None:
+            field, nearest = mouth.field, mouth
+            after = self._mouths.get(lower + 1)
+            if share > 0.02 and after is not None:
+                field = mouth.field + np.float32(share) * (after.field - mouth.field)
+                nearest = mouth if share < 0.5 else after
+            patch = self._compositor(frame.image, face.alignment, face.field, field, nearest.paint, nearest.gate)
+        if patch is None:
+            return SyncedFrame(frame.index, frame.pts, frame.time_base, frame, False, None)
+        changed = replace_region(frame, patch.rgb, patch.box, patch.alpha > 0)
+        return SyncedFrame(frame.index, frame.pts, frame.time_base, changed, True, patch)
+
+
+class SpeechRows:
+    """Rows of the speech encoder by model frame, pulled from a stream of samples as they are needed.
+
+    Args:
+        read: ``read(samples)`` gives the next samples of the speech (mono, 16 kHz), fewer at its end.
+    """
+
+    def __init__(
+        self, model: MouthModel, read: Callable[[int], np.ndarray[tuple[int, ...], np.dtype[np.float32]]]
+    ) -> None:
+        self._encoder = model.speech.stream_view(1)
+        self._read = read
+        self._kept: Tensor = torch.zeros(0, self._encoder.config.width)
+        self._start = 0  # model frame of the first kept row
+        self._ended = False
+        self._silence: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """Rows [stop - start, D]; rows before ``start`` are forgotten."""
+        while not self._ended and self._start + len(self._kept) < stop:
+            samples = self._read(16_000)
+            if len(samples):
+                rows: Tensor = self._encoder(torch.from_numpy(samples)[None])[0]
+            else:
+                rows, self._ended = self._encoder.flush()[0], True
+            self._kept = torch.cat([self._kept, rows])
+        self._kept = self._kept[max(0, start - self._start) :]
+        self._start = max(self._start, start)
+        rows = self._kept[: stop - start]
+        missing = stop - start - len(rows)
+        return torch.cat([rows, self._quiet().expand(missing, -1)]) if missing else rows
+
+    def _quiet(self) -> Tensor:
+        """The row of steady silence [1, D]."""
+        if self._silence is None:
+            self._silence = self._encoder.stream_view(1)(torch.zeros(1, 16_000))[0, -1:]
+        return self._silence

@@ -1,0 +1,1 @@
+"""Training: one readable file per stage; :mod:`loop` holds what they share."""

@@ -1,0 +1,248 @@
+"""Train the pocket codec: fit the two linear codes, then the painter (stands in for the Wan VAE's training).
+
+The painter sees a *source* group and the latents of a *target* group of the same person from another time, and must
+give the target's texture; so it learns to keep the source's skin (gate closed) and to paint what only the target
+shows. The loss is taken on the canvas, weighted by how much picture area a canvas pixel covers in the target.
+
+    python -m lipstream.training.codec RUN --samples DIR... --steps 3000
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lipstream.faces.canvas import FaceCanvas
+from lipstream.models.codec import FLAVOURS, FRAMES_PER_LATENT, PocketCodec
+from lipstream.training.loop import Loop, LoopConfig
+from lipstream.training.samples import Clip, load_clips
+
+log = logging.getLogger(__name__)
+
+# Kept for testing: two GRID speakers, and every 48th clip of the third.
+LEFT_OUT = (
+    "s26",
+    "s31",
+    "s1_bbal6n",
+    "s1_bgwb4n",
+    "s1_bwig2p",
+    "s1_lbwy7s",
+    "s1_lrie1a",
+    "s1_pbao8n",
+    "s1_pgby4n",
+    "s1_prwx7s",
+    "s1_sbiazn",
+    "s1_srbu7s",
+)
+# Paint costs a little everywhere, so that skin stays the source's and only what it cannot show is painted.
+GATE_COST = 0.02
+SHARE = {"s1": 0.45}  # of the draws; all other clips share the rest, so that one man does not dominate
+
+
+class Groups(NamedTuple):
+    """Four-frame groups: fields [N, 4, 20, 20, 2] and textures [N, 4, 3, 160, 160] in 0..1."""
+
+    fields: Tensor
+    textures: Tensor
+
+
+class Sampler:
+    """Draws groups from clips with appearance augmentation shared by all groups of one draw."""
+
+    def __init__(self, clips: Sequence[Clip], seed: int, share: dict[str, float] | None = None) -> None:
+        self.clips = [clip for clip in clips if len(clip) >= 3 * FRAMES_PER_LATENT]
+        if not self.clips:
+            raise ValueError("no clip is long enough to train on")
+        self.rng = np.random.default_rng(seed)
+        share = SHARE if share is None else share
+        counts = {s: sum(c.speaker == s for c in self.clips) for s in {c.speaker for c in self.clips}}
+        rest = sum(n for s, n in counts.items() if s not in share)
+        named = sum(v for s, v in share.items() if s in counts)
+        weights = np.array(
+            [
+                share[c.speaker] / counts[c.speaker] if c.speaker in share else (1 - named) / max(rest, 1)
+                for c in self.clips
+            ]
+        )
+        self.weights = weights / weights.sum()
+
+    def clip(self) -> Clip:
+        return self.clips[int(self.rng.choice(len(self.clips), p=self.weights))]
+
+    def starts(self, clip: Clip, count: int) -> list[int]:
+        """Random group starts whose four frames all show the face (after 50 tries: any)."""
+        found: list[int] = []
+        for _ in range(50 * count):
+            start = int(self.rng.integers(0, len(clip) - FRAMES_PER_LATENT + 1))
+            if clip.tracked[start : start + FRAMES_PER_LATENT].all():
+                found.append(start)
+            if len(found) == count:
+                return found
+        return found + [0] * (count - len(found))
+
+    def augmentation(self) -> tuple[NDArray[np.float32], bool]:
+        """A colour table [256, 3] and whether to mirror."""
+        rng = self.rng
+        levels = np.arange(256, dtype=np.float32)[:, None] / 255
+        table = levels ** rng.uniform(0.7, 1.4) * rng.uniform(0.8, 1.15, 3)
+        if rng.random() < 0.2:
+            table = (table - 0.5) * rng.uniform(0.6, 1.0) + 0.5
+        if rng.random() < 0.1:
+            table = table[:, rng.permutation(3)]
+        return np.clip(table, 0, 1).astype(np.float32), bool(rng.random() < 0.5)
+
+    def read(
+        self, clip: Clip, starts: Sequence[int], table: NDArray[np.float32], mirror: bool, still: Sequence[bool]
+    ) -> Groups:
+        """Groups of one clip; ``still`` ones repeat their last frame, as a stream's first group does."""
+        index = [
+            [s + FRAMES_PER_LATENT - 1] * FRAMES_PER_LATENT if q else list(range(s, s + FRAMES_PER_LATENT))
+            for s, q in zip(starts, still, strict=True)
+        ]
+        raw = np.stack([clip.textures[i] for i in index])
+        colour = np.stack([table[:, c][raw[..., c]] for c in range(3)], 2)
+        fields = torch.from_numpy(np.stack([clip.fields[i] for i in index]).astype(np.float32))
+        textures = torch.from_numpy(colour)
+        if mirror:
+            fields = fields.flip(3) * torch.tensor([-1.0, 1.0])
+            textures = textures.flip(-1)
+        return Groups(fields, textures)
+
+
+def fit_codes(codec: PocketCodec, sampler: Sampler, clips: int = 400, groups: int = 4) -> dict[str, float]:
+    """Fit both linear codes on random groups; returns the shares of variance kept."""
+    (top, bottom), (left, right) = codec.config.paint_rows, codec.config.paint_cols
+    shapes, textures = [], []
+    for _ in range(clips):
+        clip = sampler.clip()
+        table, mirror = sampler.augmentation()
+        drawn = sampler.read(clip, sampler.starts(clip, groups), table, mirror, [False] * (groups - 1) + [True])
+        shapes.append(codec.shape_cells(drawn.fields)[:, 2:].flatten(0, 2))
+        textures.append(codec.texture_cells(drawn.textures)[:, top:bottom, left:right].flatten(0, 2))
+    return {
+        "shape_variance_kept": codec.shape.fit(torch.cat(shapes)).item(),
+        "texture_variance_kept": codec.texture.fit(torch.cat(textures)).item(),
+    }
+
+
+class AreaWeight(nn.Module):
+    """Picture area (crop px^2) that each canvas pixel of the paint box covers under a shape field."""
+
+    operator: Tensor
+    rest: Tensor
+
+    def __init__(self, canvas: FaceCanvas, box: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        operator, rest = canvas.coarse_operator()
+        self.register_buffer("operator", torch.from_numpy(operator))
+        self.register_buffer("rest", torch.from_numpy(rest))
+        self.box = box
+
+    def forward(self, fields: Tensor) -> Tensor:
+        """[N, 20, 20, 2] -> [N, h, w], clamped so that a closed mouth's inside still counts a little."""
+        side = int(self.operator.shape[0] ** 0.5)
+        positions = self.rest + (self.operator @ fields.flatten(1, 2)).unflatten(1, (side, side))
+        dy, dx = torch.gradient(positions, spacing=160 / side, dim=(1, 2))
+        area = (dx[..., 0] * dy[..., 1] - dx[..., 1] * dy[..., 0]).clamp(0.03, 1.5)
+        full = F.interpolate(area[:, None], scale_factor=160 // side, mode="bilinear")[:, 0]
+        top, bottom, left, right = self.box
+        return full[:, top:bottom, left:right]
+
+
+def texture_loss(out: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted L1 of colours and of gradients at two scales: out, target [N, 3, h, w], weight [N, h, w]."""
+    w = weight[:, None] / weight.mean()
+    loss = ((out - target).abs() * w).mean()
+    for scale in (1, 2):
+        d, v = (out - target, w) if scale == 1 else (F.avg_pool2d(out - target, 2), F.avg_pool2d(w, 2))
+        loss = loss + ((d[..., 1:] - d[..., :-1]).abs() * v[..., 1:]).mean() / scale
+        loss = loss + ((d[..., 1:, :] - d[..., :-1, :]).abs() * v[..., 1:, :]).mean() / scale
+    return loss
+
+
+class PainterLoss:
+    """The painter's training loss; one instance holds the data and the draws."""
+
+    def __init__(self, codec: PocketCodec, sampler: Sampler, batch: int = 8) -> None:
+        self.codec, self.sampler, self.batch = codec, sampler, batch
+        self.box = codec.config.paint_box_px
+        self.area = AreaWeight(FaceCanvas(), self.box)
+
+    def draw(self) -> tuple[Groups, Groups, Groups]:
+        """Target, previous and source groups of a batch."""
+        sampler, size = self.sampler, FRAMES_PER_LATENT
+        rows = []
+        for _ in range(self.batch):
+            clip = sampler.clip()
+            table, mirror = sampler.augmentation()
+            target, source = sampler.starts(clip, 2)
+            first = bool(sampler.rng.random() < 0.1)
+            before = target if first else max(0, target - size)
+            rows.append(sampler.read(clip, [target, before, source], table, mirror, [first, first, first]))
+        fields, textures = (torch.stack(q) for q in zip(*rows, strict=True))
+        target_, before_, source_ = (Groups(fields[:, i], textures[:, i]) for i in range(3))
+        return target_, before_, source_
+
+    def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        codec = self.codec
+        target, before, source = self.draw()
+        with torch.no_grad():
+            z, previous, own = (codec.encode_groups(q.fields, q.textures) for q in (target, before, source))
+            # Generated latents will not be perfect ones: half of the rows learn to shrug off small errors.
+            noisy = (torch.rand(len(z), 1, 1, 1) < 0.5) * torch.rand(len(z), 1, 1, 1) * 0.25
+            z, previous = z + noisy * torch.randn_like(z), previous + noisy * torch.randn_like(z)
+            weight = self.area(target.fields.flatten(0, 1))
+        top, bottom, left, right = self.box
+        wanted, known = (q.textures[..., top:bottom, left:right] for q in (target, source))
+        with torch.autocast("cpu", torch.bfloat16):
+            paint, gate = codec.paint(z, previous, own, known)
+        out = known + gate[:, :, None] * (paint - known)
+        loss = texture_loss(out.flatten(0, 1), wanted.flatten(0, 1), weight)
+        error = ((out - wanted).square() * weight.view_as(gate)[:, :, None]).mean() / weight.mean()
+        openness = gate.mean()
+        metrics = {"psnr": -10 * error.log10().item(), "gate": openness.item()}
+        return loss + GATE_COST * openness, metrics
+
+
+def train(run: Path, samples: Sequence[Path], loop: LoopConfig, flavour: str = "pocket", batch: int = 8) -> PocketCodec:
+    """Fit and train; resumes from ``run``. Returns the averaged codec."""
+    sampler = Sampler(load_clips(samples, LEFT_OUT), seed=0)
+    codec = PocketCodec(FLAVOURS[flavour])
+    fitted = run / "linear.pt"
+    if fitted.exists():
+        codec.load_state_dict(torch.load(fitted, weights_only=True), strict=False)
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        log.info("%s", fit_codes(codec, sampler))
+        linear = {k: v for k, v in codec.state_dict().items() if not k.startswith("painter.")}
+        torch.save(linear, fitted)
+    codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = Loop(codec, loop, run).run(PainterLoss(codec, sampler, batch))
+    assert isinstance(trained, PocketCodec)
+    return trained
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--samples", type=Path, nargs="+", required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(arguments.threads)
+    train(arguments.run, arguments.samples, LoopConfig(steps=arguments.steps, lr=1.2e-3), batch=arguments.batch)
+
+
+if __name__ == "__main__":
+    main()

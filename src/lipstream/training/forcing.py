@@ -1,0 +1,344 @@
+"""Stage 1, diffusion forcing: the causal student learns to denoise every chunk at its own noise level (paper, 3).
+
+Loss: squared error of the x0 prediction at t drawn per chunk from the student's own times {0.999, 0.769, 0}. A training
+window is what the rolling cache shows at inference (spec 2.1): the sink, the previous chunk and the current chunk at
+rotary positions 0..6, or the first chunk alone, or the first two. The reference sequence is another time of the same
+clip, never the target, so the only thing that can tell the mouth is the speech.
+
+    python -m lipstream.training.forcing RUN --samples DIR... --codec codec.safetensors --speech speech.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import av.filter
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lipstream.diffusion.schedule import STUDENT_TIMES, add_noise
+from lipstream.models.audio import SpeechEncoder, load_speech_encoder
+from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec, load_codec
+from lipstream.models.dit import FLAVOURS, Conditions, DiT
+from lipstream.training.codec import LEFT_OUT, Groups, Sampler
+from lipstream.training.loop import Loop, LoopConfig
+from lipstream.training.samples import Clip, load_clips
+from lipstream.training.speech import augment
+
+log = logging.getLogger(__name__)
+
+CHUNK = 3
+STEADY = 1 + 2 * CHUNK  # sink, previous chunk, current chunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcingConfig:
+    """What stage 1 trains on.
+
+    Attributes:
+        time_odds: odds of the three student times for the current chunk.
+        drop_audio: share of windows without speech (the null branch of guidance).
+        shape_weight, gap_weight: weights of the shape field's and of the lip gap's error beside the texture's.
+        versions: appearance (and speech) variants kept of every clip.
+    """
+
+    batch: int = 16
+    time_odds: tuple[float, float, float] = (0.5, 0.35, 0.15)
+    drop_audio: float = 0.1
+    shape_weight: float = 2.0
+    gap_weight: float = 1.0
+    versions: int = 2
+    solo_odds: float = 0.15
+    second_odds: float = 0.1
+
+
+class Coded(NamedTuple):
+    """One appearance variant of a clip as latents.
+
+    Attributes:
+        moving: [F - 3, K, g, g] float16, row t codes frames t .. t + 3.
+        still: [F, K, g, g] float16, row t codes frame t four times.
+        speech: [variants, F, D] float16 feature rows.
+    """
+
+    moving: Tensor
+    still: Tensor
+    speech: Tensor
+    clip: Clip
+
+
+@torch.no_grad()
+def code_clip(codec: PocketCodec, sampler: Sampler, clip: Clip, speech: Tensor, plain: bool) -> Coded:
+    """Latents of every frame offset of one clip under one appearance augmentation."""
+    table, mirror = sampler.augmentation()
+    if plain:
+        table, mirror = np.repeat(np.linspace(0, 1, 256, dtype=np.float32)[:, None], 3, 1), False
+    raw = clip.textures[:]
+    textures = torch.from_numpy(np.stack([table[:, c][raw[..., c]] for c in range(3)], 1))
+    fields = torch.from_numpy(clip.fields.astype(np.float32))
+    if mirror:
+        fields, textures = fields.flip(2) * torch.tensor([-1.0, 1.0]), textures.flip(-1)
+    moving, still = (z.half() for z in codec.encode_sliding(fields, textures))
+    return Coded(moving, still, speech, clip)
+
+
+class Windows:
+    """Draws training windows from coded clips."""
+
+    def __init__(self, coded: Sequence[Coded], weights: NDArray[np.float64], config: ForcingConfig, seed: int) -> None:
+        self.coded, self.config = list(coded), config
+        self.weights = weights / weights.sum()
+        self.rng = np.random.default_rng(seed)
+
+    def kind(self) -> int:
+        """A window kind: 0 the first chunk alone, 1 the first two, 2 the steady window."""
+        solo, second = self.config.solo_odds, self.config.second_odds
+        return int(self.rng.choice(3, p=[solo, second, 1 - solo - second]))
+
+    def draw(self, kind: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(target [7, K, g, g], reference sequence [7, K, g, g], speech [7, 4, D]) of a window."""
+        rng, size = self.rng, FRAMES_PER_LATENT
+        item = self.coded[int(rng.choice(len(self.coded), p=self.weights))]
+        frames = len(item.clip)
+        span = 1 + size * (STEADY - 1)  # frames of sink (adjacent or not) + two chunks
+        start = int(rng.integers(0, max(1, frames - span)))
+        other = self._elsewhere(start, frames, span)
+        sink = 0 if kind < 2 else int(rng.integers(0, start + 1))
+        speech = item.speech[int(rng.integers(len(item.speech)))]
+
+        def rows(first: int, base: int) -> tuple[Tensor, Tensor]:
+            moving = [min(base + 1 + size * i, frames - size) for i in range(STEADY - 1)]
+            latents = torch.cat([item.still[first : first + 1], item.moving[moving]]).float()
+            audio = [speech[first].expand(size, -1), *(speech[m : m + size] for m in moving)]
+            return latents, torch.stack(audio).float()
+
+        target, audio = rows(start if kind < 2 else sink, start)
+        reference, _ = rows(other, other)
+        return target, reference, audio
+
+    def _elsewhere(self, start: int, frames: int, span: int) -> int:
+        """A start whose segment is not the target's."""
+        room = max(1, frames - span)
+        for _ in range(20):
+            other = int(self.rng.integers(0, room))
+            if abs(other - start) >= 6:
+                return other
+        return (start + room // 2) % room
+
+
+def window_layout(kind: int) -> tuple[list[int], Tensor]:
+    """Latent frames of a window kind and which may see which ([n, n] bool).
+
+    0: the first chunk alone; 1: the first two chunks; 2: sink, previous and current chunk.
+    """
+    chunk_of = {0: [0] * CHUNK, 1: [0] * CHUNK + [1] * CHUNK, 2: [0] + [1] * CHUNK + [2] * CHUNK}[kind]
+    group = torch.tensor(chunk_of)
+    return list(range(len(chunk_of))), group[:, None] >= group[None]
+
+
+class ForcingLoss:
+    """Stage-1 loss on random windows; one instance holds data and draws."""
+
+    def __init__(self, model: DiT, codec: PocketCodec, windows: Windows) -> None:
+        self.model, self.codec, self.windows = model, codec, windows
+        self.config = windows.config
+        c = codec.config
+        self.mask = codec.mouth_mask()
+        weight = torch.zeros(c.latent_channels, c.grid, c.grid)
+        scale = codec.shape.scale.square()
+        lips = torch.full((c.grid, c.grid), 0.35)
+        lips[3:8, 2:8] = 1.0
+        weight[: c.shape_channels] = (scale / scale.mean())[:, None, None] * lips * self.config.shape_weight
+        (top, bottom), (left, right) = c.paint_rows, c.paint_cols
+        weight[c.shape_channels :, top:bottom, left:right] = 1.0
+        self.weight = weight * self.mask[0, 0]
+
+    def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        generator = self.windows.rng
+        kind = self.windows.kind()  # one layout a step: static shapes, no padding
+        rows = [self.windows.draw(kind) for _ in range(self.config.batch)]
+        frames, visible = window_layout(kind)
+        n = len(frames)
+        target = torch.stack([r[0][:n] for r in rows]).transpose(1, 2)
+        reference = torch.stack([r[1][:n] for r in rows]).transpose(1, 2)
+        speech = torch.stack([r[2][:n] for r in rows])
+        silent = torch.from_numpy(generator.random(len(rows)) < self.config.drop_audio)
+        speech[silent] = 0
+        t = self._times(kind, len(rows))
+        with torch.autocast("cpu", torch.bfloat16):
+            pack = self.model.audio_proj
+            audio = pack.norm_out(pack.proj(rearrange(speech, "b t r d -> b t (r d)")))
+            conditions = Conditions(
+                reference=reference[:, :, :1],
+                mask=self.mask,
+                masked_video=target * (1 - self.mask),
+                ref_sequence=reference,
+                audio=audio,
+            )
+            x = add_noise(target, torch.randn_like(target), t)
+            x0 = self.model(x, t, conditions, frame_mask=visible)
+        return self._loss(x0.float(), target, reference, t, kind)
+
+    def _times(self, kind: int, batch: int) -> Tensor:
+        odds = torch.tensor(self.config.time_odds)
+        chunks = 1 if kind == 0 else 2
+        drawn = torch.tensor(STUDENT_TIMES, dtype=torch.float64)[torch.multinomial(odds, batch * chunks, True)]
+        t = drawn.view(batch, chunks).repeat_interleave(CHUNK, 1)
+        if kind == 2:
+            t = torch.cat([torch.zeros(batch, 1, dtype=torch.float64), t], 1)
+        return t
+
+    def lip_gap(self, z: Tensor) -> Tensor:
+        """Inner lip distance of each frame, crop px: z [B, K, T, g, g] -> [B, T, 4]."""
+        batch = z.shape[0]
+        fields = self.codec.decode_fields(rearrange(z, "b k t h w -> (b t) k h w"))
+        middle = fields[:, :, :, 9:11, 1].mean(-1)  # canvas columns 76 and 84
+        upper, lower = middle[:, :, 6:8].mean(-1), middle[:, :, 9:11].mean(-1)  # canvas rows 56 and 80
+        return (lower - upper).unflatten(0, (batch, -1))  # type: ignore[no-untyped-call, no-any-return]
+
+    def _loss(
+        self, x0: Tensor, target: Tensor, reference: Tensor, t: Tensor, kind: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        counted = torch.ones_like(t, dtype=torch.float32)
+        if kind == 2:
+            counted[:, 0] = 0  # the sink is context
+        weight = self.weight[None, :, None] * counted[:, None, :, None, None]
+        error = ((x0 - target).square() * weight).sum((1, 3, 4)) / self.weight.sum()
+        gap = (self.lip_gap(x0) - self.lip_gap(target)).square().mean(-1) / 9.0  # lips part by a few crop px
+        loss = ((error + self.config.gap_weight * gap * counted).sum()) / counted.sum()
+        noisy = (t > 0.9) & (counted > 0)
+        copied = ((reference - target).square() * weight).sum((1, 3, 4)) / self.weight.sum()
+        metrics = {}
+        if noisy.any():
+            metrics = {
+                "first_call": error[noisy].mean().item(),
+                "copying": copied[noisy].mean().item(),
+                "gap": gap[noisy].mean().sqrt().item() * 3,
+            }
+        return loss, metrics
+
+
+def shift_pitch(samples: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
+    """Speech with pitch and formants times ``factor`` and unchanged timing (FFmpeg: resample, then stretch back)."""
+    graph = av.filter.Graph()
+    nodes = [
+        graph.add_abuffer(format="flt", sample_rate=16_000, layout="mono", time_base=Fraction(1, 16_000)),
+        graph.add("asetrate", str(round(16_000 * factor))),
+        graph.add("aresample", "16000"),
+        graph.add("atempo", f"{1 / factor:.6f}"),
+        graph.add("aformat", "sample_fmts=flt:sample_rates=16000:channel_layouts=mono"),
+        graph.add("abuffersink"),
+    ]
+    graph.link_nodes(*nodes).configure()
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None], np.float32), format="flt", layout="mono")
+    frame.sample_rate, frame.pts, frame.time_base = 16_000, 0, Fraction(1, 16_000)
+    graph.push(frame)
+    graph.push(None)
+    parts: list[NDArray[np.float32]] = []
+    while True:
+        try:
+            parts.append(graph.pull().to_ndarray()[0])
+        except (av.BlockingIOError, av.EOFError):
+            break
+    shifted = np.concatenate([np.zeros(800, np.float32), *parts, np.zeros(len(samples), np.float32)])
+    lead = int(np.interp(factor, [0.8, 1.0, 1.3, 1.6], [80, -60, -280, -400]))  # atempo's own delay, measured
+    return shifted[800 + lead : 800 + lead + len(samples)]
+
+
+@torch.no_grad()
+def speech_rows(
+    encoder: SpeechEncoder, clips: Sequence[Clip], rng: np.random.Generator, variants: int = 4
+) -> dict[str, Tensor]:
+    """Feature rows [variants, F, D] float16 of every clip: clean, then damaged and pitch-shifted versions of it.
+
+    One man speaks most of the real clips; without other pitches the model would learn his voice.
+    """
+    generator = torch.Generator().manual_seed(int(rng.integers(1 << 31)))
+    rows: dict[str, Tensor] = {}
+    for clip in clips:
+        frames = len(clip)
+        speech = np.zeros(frames * 640 + encoder.config.lookahead_samples, np.float32)
+        known = clip.speech[: len(speech)].astype(np.float32) / 32768
+        speech[: len(known)] = known
+        factors = [float(np.exp(rng.uniform(np.log(0.8), np.log(1.6)))) for _ in range(variants - 1)]
+        waves = torch.from_numpy(np.stack([speech, *(shift_pitch(speech, f) for f in factors)]))
+        waves[1:] = augment(waves, generator)[1:]
+        rows[clip.name] = encoder(waves)[:, :frames].half()
+    return rows
+
+
+def code_clips(
+    codec: PocketCodec, clips: Sequence[Clip], encoder: SpeechEncoder, config: ForcingConfig
+) -> tuple[list[Coded], NDArray[np.float64]]:
+    """All clips that are long enough in ``config.versions`` appearances, with the draw weight of each."""
+    sampler = Sampler(clips, seed=1)
+    long_enough = [len(c) > 1 + FRAMES_PER_LATENT * (STEADY - 1) for c in sampler.clips]
+    chosen = [c for c, keep in zip(sampler.clips, long_enough, strict=True) if keep]
+    weights = [float(w) for w, keep in zip(sampler.weights, long_enough, strict=True) if keep]
+    rows = speech_rows(encoder, chosen, np.random.default_rng(2))
+    log.info("speech rows of %d clips", len(rows))
+    coded = [
+        code_clip(codec, sampler, clip, rows[clip.name], plain=version == 0)
+        for version in range(config.versions)
+        for clip in chosen
+    ]
+    log.info("%d coded clips, %d latent frames", len(coded), sum(len(c.moving) for c in coded))
+    return coded, np.array(weights * config.versions)
+
+
+def train(
+    run: Path,
+    samples: Sequence[Path],
+    codec: PocketCodec,
+    encoder: SpeechEncoder,
+    loop: LoopConfig,
+    config: ForcingConfig | None = None,
+    flavour: str = "pocket",
+) -> DiT:
+    """Stage 1 on prepared samples; resumes from ``run``. Returns the averaged model."""
+    config = config or ForcingConfig()
+    coded, weights = code_clips(codec, load_clips(samples, LEFT_OUT), encoder, config)
+    model = DiT(FLAVOURS[flavour])
+    trainer = Loop(model, loop, run)
+    windows = Windows(coded, weights, config, seed=trainer.step + 10)
+    trained = trainer.run(ForcingLoss(model, codec, windows))
+    assert isinstance(trained, DiT)
+    return trained
+
+
+def main() -> None:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--samples", type=Path, nargs="+", required=True)
+    parser.add_argument("--codec", type=Path, required=True)
+    parser.add_argument("--speech", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(arguments.threads)
+    train(
+        arguments.run,
+        arguments.samples,
+        load_codec(arguments.codec),
+        load_speech_encoder(arguments.speech),
+        LoopConfig(steps=arguments.steps, lr=arguments.lr),
+        ForcingConfig(batch=arguments.batch),
+    )
+
+
+if __name__ == "__main__":
+    main()
