@@ -107,7 +107,7 @@ def test_closures_are_counted_and_a_still_mouth_is_found_out() -> None:
     good = closure(opening + 0.01, opening + 0.01, clip)
     assert (good.share, good.share_real, good.elsewhere) == (1, 1, 0)
     half = opening + 0.01
-    half[28:36] = 0.15
+    half[29:35] = 0.15
     assert closure(half, opening + 0.01, clip).share == 0.5
     shut = closure(np.full(40, 0.01), opening + 0.01, clip)
     assert shut.share == 1 and shut.elsewhere == 1
@@ -168,7 +168,7 @@ def test_codec_gate_on_a_random_clip() -> None:
     torch.manual_seed(0)
     rows = gate_rows(score_canvas(codec, fields, textures, np.ones(24, np.bool_), groups=2), codec)
     methods = {row.method: row for row in rows}
-    assert set(methods) == {"codec", "linear", "thumbnail x1", "thumbnail x2", "source"}
+    assert set(methods) == {"codec", "paint alone", "linear", "thumbnail x1", "thumbnail x2", "source"}
     assert methods["thumbnail x2"].numbers_per_frame == 400 and methods["codec"].groups == 2
     assert not gate_passed(rows)  # an untrained codec
 
@@ -205,6 +205,7 @@ def result(name: str, seed: int) -> ReversedResult:
         wrong_audio_r=0.1,
         sharpness=0.5,
         closure=Closure(events=4, closed=3, closed_real=4, vowels=5),
+        nothing_closure=None,
         measured=truth,
         truth=truth,
     )

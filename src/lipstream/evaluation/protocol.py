@@ -50,14 +50,12 @@ class SetSummary:
     frames_off: int
     lost_frames: int
     closure: Closure
+    nothing_closure: Closure
 
 
 def summarise(rows: Sequence[ReversedResult], failed: dict[str, str] | None = None) -> SetSummary:
     """Means over rows."""
     lags = [row.own.lag_pixel_frames for row in rows if row.own.lag_pixel_frames is not None]
-    closures = Closure()
-    for row in rows:
-        closures = closures + (row.closure or Closure())
     return SetSummary(
         rows=tuple(rows),
         failed=dict(failed or {}),
@@ -74,7 +72,8 @@ def summarise(rows: Sequence[ReversedResult], failed: dict[str, str] | None = No
         beats_wrong_audio=sum(row.wrong_audio_r is not None and row.own.r > row.wrong_audio_r for row in rows),
         frames_off=sum(abs(row.frames_off) for row in rows),
         lost_frames=sum(row.lost_frames for row in rows),
-        closure=closures,
+        closure=sum((row.closure for row in rows if row.closure), Closure()),
+        nothing_closure=sum((row.nothing_closure for row in rows if row.nothing_closure), Closure()),
     )
 
 
@@ -125,8 +124,9 @@ def plain(value: Any) -> Any:
 
 def as_json(summary: SetSummary) -> str:
     """The whole summary, curves included."""
-    shares = {"share": summary.closure.share, "real": summary.closure.share_real}
-    shares["elsewhere"] = summary.closure.elsewhere
+    shut = summary.closure
+    shares = {"share": shut.share, "real": shut.share_real, "nothing": summary.nothing_closure.share}
+    shares |= {"elsewhere": shut.elsewhere, "elsewhere_real": shut.elsewhere_real}
     return json.dumps(plain(asdict(summary) | {"closure_shares": shares}), indent=1)
 
 
@@ -141,12 +141,12 @@ def as_markdown(summary: SetSummary) -> str:
     head = "| clip | r | best r | lag | amplitude | sharpness | do nothing | wrong audio | real video |"
     lines = [head, "|" + " --- |" * 9]
     for row in summary.rows:
-        cells = (row.own.r, row.own.best_r, row.own.lag_pixel_frames, row.own.amplitude, row.sharpness)
-        cells += (row.nothing.r, row.wrong_audio_r, row.oracle.r)  # type: ignore[assignment]
-        lines.append(f"| {row.name} | " + " | ".join(map(_cell, cells)) + " |")
+        own = (row.own.r, row.own.best_r, row.own.lag_pixel_frames, row.own.amplitude, row.sharpness)
+        controls = (row.nothing.r, row.wrong_audio_r, row.oracle.r)
+        lines.append(f"| {row.name} | " + " | ".join(map(_cell, (*own, *controls))) + " |")
     means = (summary.r, summary.best_r, summary.lag_pixel_frames, summary.amplitude, summary.sharpness)
-    means += (summary.nothing_r, summary.wrong_audio_r, summary.oracle_r)  # type: ignore[assignment]
-    lines.append(f"| **mean of {len(summary.rows)}** | " + " | ".join(map(_cell, means)) + " |")
+    baselines = (summary.nothing_r, summary.wrong_audio_r, summary.oracle_r)
+    lines.append(f"| **mean of {len(summary.rows)}** | " + " | ".join(map(_cell, (*means, *baselines))) + " |")
     lines.append("")
     lines.append(f"Against other clips' truths: r {_cell(summary.crossed_r)}. ")
     if summary.wrong_audio_r == summary.wrong_audio_r:
@@ -155,8 +155,9 @@ def as_markdown(summary: SetSummary) -> str:
     shut = summary.closure
     if shut.events:
         lines.append(
-            f"p, b, m close the lips in {shut.share:.0%} of {shut.events} (real video {shut.share_real:.0%}; "
-            f"open vowels that are shut {shut.elsewhere:.0%})."
+            f"p, b, m close the lips in {shut.share:.0%} of {shut.events} (real video {shut.share_real:.0%}, "
+            f"do nothing {summary.nothing_closure.share:.0%}); open vowels are shut in {shut.elsewhere:.0%} "
+            f"(real video {shut.elsewhere_real:.0%})."
         )
     lines += [f"FAILED {name}: {reason}" for name, reason in summary.failed.items()]
     return "\n".join(lines)

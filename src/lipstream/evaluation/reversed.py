@@ -53,6 +53,7 @@ class ReversedResult:
         wrong_audio_r: the result of another clip's speech against this clip's truth; None if it was not made.
         sharpness: mouth sharpness of the result over its source's, median over frames.
         closure: p, b, m where the clip has synthetic ground truth beside it, else None.
+        nothing_closure: the same of the reversed source as it is: what chance closes.
         measured, truth: [frames] opening of the result and of the original.
     """
 
@@ -66,6 +67,7 @@ class ReversedResult:
     wrong_audio_r: float | None
     sharpness: float
     closure: Closure | None
+    nothing_closure: Closure | None
     measured: Series
     truth: Series
 
@@ -133,6 +135,7 @@ def score_reversed(
         wrong_audio_r=null,
         sharpness=sharpness_ratio(got.sharpness, before.sharpness),
         closure=_closures(path, got, real),
+        nothing_closure=_closures(path, before, real),
         measured=got.opening,
         truth=real.opening,
     )
