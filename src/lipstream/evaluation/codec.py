@@ -3,8 +3,9 @@
 On the canvas (what the codec works on): a target group of four frames is encoded and painted with the *source* group
 of another time of the same clip, so the mouth cannot be copied. Competitors are bicubic thumbnails of the target with
 as many and with twice as many numbers per frame as the whole latent, the painter with its gate wide open, the linear
-code without the painter, and the source itself. All are compared inside the box of the lips, every canvas pixel counting the same. Where the painter
-keeps the source's skin, the light and grain of another time count against it, so this is a lower bound.
+code without the painter, and the source itself. All are compared inside the box of the lips, every canvas pixel
+counting the same. Where the painter keeps the source's skin, the light and grain of another time count against it, so
+the figure is a lower bound.
 
 On pictures: the source frame is rendered with the target's shape and paint by the compositor and compared with the
 target frame in the mouth box of the aligned crop, so that what remains of head motion counts against the codec;
