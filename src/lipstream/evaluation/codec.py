@@ -71,6 +71,7 @@ class Painted:
         dtype = next(codec.painter.parameters()).dtype
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             paint, gate = codec.paint(latents[0], latents[1], latents[2], known)
+        paint = paint.float().clamp(0, 1)  # as PocketCodec.decode hands it to the compositor
         out = known + gate[:, :, None] * (paint - known)
         self.out = _uint8(out[0])  # [4, h, w, 3] the paint box as the compositor will show it
         self.linear = _uint8(codec.decode_texture(latents[0])[0])
