@@ -115,7 +115,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lipstream {__version__}\n"
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
-    assert all(command in listed for command in ("sync", "demo", "doctor", "data"))
+    assert all(command in listed for command in ("sync", "demo", "doctor", "evaluate", "data"))
 
 
 def test_help_does_not_load_torch() -> None:
