@@ -209,7 +209,7 @@ class Session:
             patch = self._compositor(frame.image, face.alignment, face.field, field, nearest.paint, nearest.gate)
         if patch is None:
             return SyncedFrame(frame.index, frame.pts, frame.time_base, frame, False, None)
-        changed = replace_region(frame, patch.rgb, patch.box, patch.alpha > 0)
+        changed = replace_region(frame, patch.rgb, patch.box, (patch.alpha > 0).astype(np.float32))
         return SyncedFrame(frame.index, frame.pts, frame.time_base, changed, True, patch)
 
 

@@ -54,8 +54,7 @@ class Alignment:
     @cached_property
     def inverse(self) -> NDArray[np.float64]:
         """[2, 3] similarity from crop px to source px."""
-        inverse: NDArray[np.float64] = cv2.invertAffineTransform(self.matrix)
-        return inverse
+        return np.asarray(cv2.invertAffineTransform(self.matrix), np.float64)
 
 
 def _grid(step: int) -> Float:
@@ -69,7 +68,7 @@ def _thin_plate(points: NDArray[Any], queries: NDArray[Any], smoothing: float) -
 
     def kernel(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         r2 = ((a[:, None] - b[None]) ** 2).sum(-1)
-        return 0.5 * r2 * np.log(np.maximum(r2, 1e-12))
+        return np.asarray(0.5 * r2 * np.log(np.maximum(r2, 1e-12)))
 
     half = CANVAS_PX / 2
     p, q = points.astype(np.float64) / half, queries.astype(np.float64) / half
@@ -133,7 +132,7 @@ class FaceCanvas:
         xy = landmarks[self.ids, :2].astype(np.float64)
         crop = xy @ alignment.matrix[:, :2].T + alignment.matrix[:, 2]
         moved = crop.astype(np.float32) - self._rest_points
-        return (self._landmarks_to_field @ moved).reshape(FIELD, FIELD, 2)
+        return np.asarray(self._landmarks_to_field @ moved, np.float32).reshape(FIELD, FIELD, 2)
 
     def dense(self, field: Float) -> Float:
         """Displacement [CANVAS_PX, CANVAS_PX, 2] (crop px) of every canvas pixel from a shape field."""

@@ -23,7 +23,7 @@ _MARGIN_PX = 6  # crop px kept around the mask when the map is inverted
 def _ramp(position: Float, start: float, end: float) -> Float:
     """Smooth 0 -> 1 between ``start`` and ``end``."""
     u = np.clip((position - start) / (end - start), 0.0, 1.0)
-    return (u * u * (3.0 - 2.0 * u)).astype(np.float32)
+    return np.asarray(u * u * (3.0 - 2.0 * u), np.float32)
 
 
 def canvas_mask() -> Float:
@@ -31,7 +31,7 @@ def canvas_mask() -> Float:
     x = np.arange(CANVAS_PX, dtype=np.float32) + 0.5
     sides = _ramp(x, 4, 28) * _ramp(CANVAS_PX - x, 4, 28)
     rows = _ramp(x, 26, 48) * _ramp(CANVAS_PX - x, 2, 22)
-    return rows[:, None] * sides[None, :]
+    return np.asarray(rows[:, None] * sides[None, :], np.float32)
 
 
 @dataclass(frozen=True)
@@ -149,4 +149,4 @@ class Compositor:
         spread = cv2.GaussianBlur(total, (5, 5), 0.7)  # joins samples over holes where the mouth is stretched
         inverse = spread / np.maximum(spread[..., 2:], 1e-3)
         inverse[..., 2] = spread[..., 2] > 1e-3
-        return inverse, (left, top)
+        return inverse.astype(np.float32, copy=False), (left, top)

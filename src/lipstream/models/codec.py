@@ -107,7 +107,8 @@ class LinearCode(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., channels]"""
-        return (x - self.mean) @ self.basis / self.scale
+        code: Tensor = (x - self.mean) @ self.basis / self.scale
+        return code
 
     def decode(self, code: Tensor) -> Tensor:
         """[..., channels] -> [..., dim]"""
@@ -143,7 +144,8 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.second.bias if self.second.bias is not None else torch.zeros(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.silu(self.first(F.silu(x))))
+        out: Tensor = x + self.second(F.silu(self.first(F.silu(x))))
+        return out
 
 
 class Painter(nn.Module):
@@ -162,6 +164,9 @@ class Painter(nn.Module):
         self.half_blocks = nn.Sequential(ResidualBlock(c.half), ResidualBlock(c.half))
         self.head = nn.Conv2d(c.half, 4 * 4, 3, padding=1)
         nn.init.zeros_(self.head.weight)
+        if self.head.bias is not None:  # paint starts as the linear texture, and mostly shown
+            nn.init.zeros_(self.head.bias)
+            self.head.bias.data[12:].fill_(1.0)
 
     def forward(self, cells: Tensor, coded: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """cells [N, 3K, gh, gw]; coded, source [N*4, 3, h, w] in 0..1 -> paint [N*4, 3, h, w], gate [N*4, h, w]."""
@@ -299,7 +304,7 @@ class PocketCodec(StreamingModule[CodecState]):
         paint, gate = self.painter(cells, coded, source.flatten(0, 1))
         gate = gate * self._window(gate)
         n = z.shape[0]
-        return paint.unflatten(0, (n, FRAMES_PER_LATENT)), gate.unflatten(0, (n, FRAMES_PER_LATENT))
+        return rearrange(paint, "(n f) c h w -> n f c h w", n=n), rearrange(gate, "(n f) h w -> n f h w", n=n)
 
     def decode(self, z: Tensor, source_z: Tensor, source_textures: Tensor) -> Decoded:
         """Latents -> what the compositor needs.
@@ -319,7 +324,7 @@ class PocketCodec(StreamingModule[CodecState]):
         paint, gate = self.paint(groups[0], groups[1], groups[2], source)
         batch = z.shape[0]
         parts = (self.decode_fields(groups[0]), paint, gate)
-        fields, paint, gate = (_ungrouped(q.unflatten(0, (batch, -1)), first) for q in parts)
+        fields, paint, gate = (_ungrouped(rearrange(q, "(b t) ... -> b t ...", b=batch), first) for q in parts)
         return Decoded(fields, paint.clamp(0, 1), gate)
 
     def _window(self, like: Tensor) -> Tensor:
@@ -343,7 +348,7 @@ def _grouped(frames: Tensor, first: bool) -> Tensor:
         raise ValueError(f"the codec takes {expected}, got {count} pixel frames")
     head = [repeat(frames[:, :1], "b 1 ... -> b 1 f ...", f=FRAMES_PER_LATENT)] if first else []
     rest = frames[:, 1:] if first else frames
-    tail = [rest.unflatten(1, (-1, FRAMES_PER_LATENT))] if rest.shape[1] else []
+    tail = [rearrange(rest, "b (t f) ... -> b t f ...", f=FRAMES_PER_LATENT)] if rest.shape[1] else []
     return torch.cat(head + tail, 1)
 
 

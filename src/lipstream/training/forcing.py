@@ -204,7 +204,7 @@ class ForcingLoss:
         fields = self.codec.decode_fields(rearrange(z, "b k t h w -> (b t) k h w"))
         middle = fields[:, :, :, 9:11, 1].mean(-1)  # canvas columns 76 and 84
         upper, lower = middle[:, :, 6:8].mean(-1), middle[:, :, 9:11].mean(-1)  # canvas rows 56 and 80
-        return (lower - upper).unflatten(0, (batch, -1))  # type: ignore[no-untyped-call, no-any-return]
+        return rearrange(lower - upper, "(b t) f -> b t f", b=batch)
 
     def _loss(
         self, x0: Tensor, target: Tensor, reference: Tensor, t: Tensor, kind: int

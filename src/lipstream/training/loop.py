@@ -65,9 +65,9 @@ class Loop:
     def __init__(self, model: nn.Module, config: LoopConfig, folder: Path) -> None:
         self.model, self.config, self.folder = model, config, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.averaged = copy.deepcopy(model).requires_grad_(False)
-        self._averages = [
+        self._averages: list[Tensor] = [
             a for a, p in zip(self.averaged.parameters(), model.parameters(), strict=True) if p.requires_grad
         ]
         self.optimizer = torch.optim.AdamW(

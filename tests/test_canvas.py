@@ -1,0 +1,107 @@
+"""The face canvas and the compositor: what must not change does not, what must move moves."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from lipstream.faces.canvas import CANVAS_PX, FIELD, Alignment, FaceCanvas
+from lipstream.faces.composite import Compositor, canvas_mask
+
+
+@pytest.fixture(scope="module")
+def canvas() -> FaceCanvas:
+    return FaceCanvas()
+
+
+def face(
+    canvas: FaceCanvas, scale: float = 1.3, angle: float = 0.1, shift: tuple[float, float] = (150, 60)
+) -> np.ndarray:
+    """Landmarks of the rest face under a similarity, source px."""
+    points = np.zeros((468, 3))
+    rotation = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points[canvas.ids, :2] = canvas._rest_points @ rotation.T + shift
+    points[canvas.rigid_ids, :2] = canvas._rigid_points @ rotation.T + shift
+    return points
+
+
+def picture(height: int = 400, width: int = 420) -> np.ndarray:
+    noise = np.random.default_rng(0).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def test_alignment_undoes_a_similarity(canvas: FaceCanvas) -> None:
+    alignment = canvas.align(face(canvas, scale=2.0))
+    assert alignment.scale == pytest.approx(0.5, rel=1e-3)
+    both = np.vstack([alignment.matrix, [0, 0, 1]]) @ np.vstack([alignment.inverse, [0, 0, 1]])
+    np.testing.assert_allclose(both, np.eye(3), atol=1e-9)
+
+
+def test_rest_face_has_zero_field_whatever_its_pose(canvas: FaceCanvas) -> None:
+    for scale, angle in ((0.7, -0.3), (1.0, 0.0), (2.5, 0.5)):
+        landmarks = face(canvas, scale, angle)
+        field = canvas.field(landmarks, canvas.align(landmarks))
+        assert np.abs(field).max() < 1e-3
+
+
+def test_dense_map_follows_an_opening_mouth(canvas: FaceCanvas) -> None:
+    landmarks = face(canvas, scale=1.0, angle=0.0)
+    alignment = canvas.align(landmarks)
+    below = canvas.ids[canvas._rest_points[:, 1] >= canvas._rest_points[canvas.ids == 14, 1] - 1]  # lip, chin and jaw
+    landmarks[below, 1] += 6.0
+    moved = canvas.dense(canvas.field(landmarks, alignment))
+    assert moved[86, 80, 1] > 4.0  # the lower lip of the canvas
+    assert abs(moved[52, 80, 1]) < 1.0  # the upper lip
+
+
+def test_same_field_and_closed_gate_change_nothing(canvas: FaceCanvas) -> None:
+    frame, landmarks = picture(), face(canvas)
+    alignment = canvas.align(landmarks)
+    field = canvas.field(landmarks, alignment)
+    blank = np.zeros((CANVAS_PX, CANVAS_PX, 3), np.uint8)
+    patch = Compositor(canvas)(frame, alignment, field, field, blank, np.zeros((CANVAS_PX, CANVAS_PX), np.float32))
+    assert patch is not None
+    x0, y0, x1, y1 = patch.box
+    np.testing.assert_array_equal(patch.rgb, frame[y0:y1, x0:x1])
+
+
+def test_motion_changes_only_the_mask_and_meets_the_rim(canvas: FaceCanvas) -> None:
+    frame, landmarks = picture(), face(canvas)
+    alignment = canvas.align(landmarks)
+    field = canvas.field(landmarks, alignment)
+    target = field.copy()
+    target[9:14, 5:15, 1] += 8.0
+    blank = np.zeros((CANVAS_PX, CANVAS_PX, 3), np.uint8)
+    patch = Compositor(canvas)(frame, alignment, field, target, blank, np.zeros((CANVAS_PX, CANVAS_PX), np.float32))
+    assert patch is not None
+    x0, y0, x1, y1 = patch.box
+    difference = np.abs(patch.rgb.astype(int) - frame[y0:y1, x0:x1]).max(-1)
+    assert difference.max() > 20
+    assert difference[patch.alpha == 0].max(initial=0) == 0
+    inner = cv2.erode(patch.alpha, np.ones((5, 5), np.uint8))
+    assert difference[(patch.alpha > 0) & (inner == 0)].max() <= 12  # no step at the rim
+
+
+def test_mask_is_zero_at_the_border_and_one_at_the_mouth() -> None:
+    mask = canvas_mask()
+    assert max(mask[0].max(), mask[-1].max(), mask[:, 0].max(), mask[:, -1].max()) < 0.02
+    assert mask[70, 80] == 1.0
+
+
+def test_a_face_outside_the_picture_gives_no_patch(canvas: FaceCanvas) -> None:
+    frame = picture()
+    alignment = Alignment(np.array([[1.0, 0, 2000], [0, 1, 2000]]))
+    field = np.zeros((FIELD, FIELD, 2), np.float32)
+    blank = np.zeros((CANVAS_PX, CANVAS_PX, 3), np.uint8)
+    gate = np.ones((CANVAS_PX, CANVAS_PX), np.float32)
+    assert Compositor(canvas)(frame, alignment, field, field, blank, gate) is None
+
+
+def test_large_faces_are_read_without_aliasing(canvas: FaceCanvas) -> None:
+    stripes = np.zeros((1600, 1600, 3), np.uint8)
+    stripes[:, ::2] = 255
+    landmarks = face(canvas, scale=6.0, angle=0.0, shift=(700, 100))
+    alignment = canvas.align(landmarks)
+    texture = canvas.texture(stripes, canvas.field(landmarks, alignment), alignment)
+    assert np.abs(texture.astype(int) - 127).mean() < 20
