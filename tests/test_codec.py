@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_codec
 
 from lipstream.models.codec import LinearCode, load_codec, save_codec
+from tiny import tiny_codec
 
 
 def frames(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_mouth_model
 
 from lipstream.background import Ahead
 from lipstream.media.opening import MediaError
@@ -16,6 +15,7 @@ from lipstream.media.reader import VideoReader
 from lipstream.mouth import CanvasFrame, Take
 from lipstream.pipeline import LipSync
 from lipstream.session import SpeechRows
+from tiny import tiny_mouth_model
 
 DEMO = Path(__file__).parents[1] / "src" / "lipstream" / "assets" / "demo"
 

@@ -1,0 +1,196 @@
+"""Training stages on tiny networks and made-up clips: they run, learn, resume exactly, and never see the target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lipstream.faces.canvas import FaceCanvas
+from lipstream.models.codec import FLAVOURS, PocketCodec
+from lipstream.training.codec import AreaWeight, PainterLoss, Sampler, fit_codes, texture_loss
+from lipstream.training.forcing import (
+    Coded,
+    ForcingConfig,
+    ForcingLoss,
+    Windows,
+    code_clip,
+    shift_pitch,
+    window_layout,
+)
+from lipstream.training.loop import Loop, LoopConfig
+from lipstream.training.samples import Clip, load_clips
+from tiny import tiny_codec, tiny_dit
+
+
+def made_up_clip(name: str = "synth_0", frames: int = 40, seed: int = 0) -> Clip:
+    rng = np.random.default_rng(seed)
+    wave = np.sin(np.arange(frames) / 3)[:, None, None, None]
+    fields = (rng.normal(size=(1, 20, 20, 2)) + wave * rng.normal(size=(1, 20, 20, 2))).astype(np.float16)
+    base = rng.integers(0, 200, (1, 160, 160, 3))
+    textures = np.clip(base + 30 * wave + rng.integers(0, 5, (frames, 160, 160, 3)), 0, 255).astype(np.uint8)
+    speech = rng.integers(-3000, 3000, frames * 640).astype(np.int16)
+    return Clip(name, fields, textures, np.ones(frames, bool), speech)
+
+
+def test_loop_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    def make() -> tuple[nn.Linear, object]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        data = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+
+        def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+            value = (model(data[step : step + 1]) + torch.randn(1) - 1).square().mean()
+            return value, {"value": value.item()}
+
+        return model, loss
+
+    config = LoopConfig(steps=20, lr=0.1, warmup=2, report_every=5, save_every=7)
+    model, loss = make()
+    whole = Loop(model, config, tmp_path / "whole").run(loss)
+
+    model, loss = make()
+    first = Loop(model, config, tmp_path / "cut")
+    while first.step < 9:  # killed two steps after the checkpoint of step 7
+        first._one_step(loss)
+        if first.step == 7:
+            first.save()
+    model, loss = make()
+    resumed = Loop(model, config, tmp_path / "cut")
+    assert resumed.step == 7
+    again = resumed.run(loss)
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 20 and "grad_norm" in rows[-1]
+
+
+def test_loop_stops_at_a_broken_gradient(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    loop = Loop(model, LoopConfig(steps=3), tmp_path)
+    with pytest.raises(FloatingPointError, match="step 0"):
+        loop.run(lambda step: (model.weight.sum() * float("inf"), {}))
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    config = LoopConfig(steps=1000, lr=1.0, warmup=10)
+    assert config.lr_at(0) == pytest.approx(0.1, rel=1e-3)
+    assert config.lr_at(10) > 0.99
+    assert config.lr_at(1000) == pytest.approx(0.02)
+
+
+def test_sampler_keeps_one_speaker_from_dominating() -> None:
+    clips = [made_up_clip(f"s1_{i}", 16) for i in range(8)] + [made_up_clip("synth_a", 16)]
+    sampler = Sampler(clips, seed=0, share={"s1": 0.3})
+    assert sampler.weights[:8].sum() == pytest.approx(0.3)
+    assert sampler.weights[8] == pytest.approx(0.7)
+
+
+def test_left_out_speakers_and_clips_are_not_read(tmp_path: Path) -> None:
+    for name in ("s26_a", "s1_b", "s1_c"):
+        clip = made_up_clip(name, 16)
+        np.savez(tmp_path / f"{name}.npz", field=clip.fields, ok=clip.tracked, wav=clip.speech)
+        np.save(tmp_path / f"{name}.tex.npy", clip.textures)
+    assert [c.name for c in load_clips([tmp_path], ("s26", "s1_c"))] == ["s1_b"]
+    with pytest.raises(ValueError, match="no samples"):
+        load_clips([tmp_path / "empty"])
+
+
+def test_painter_learns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codec = PocketCodec(FLAVOURS["test"])
+    sampler = Sampler([made_up_clip()], seed=0)
+    kept = fit_codes(codec, sampler, clips=4)
+    assert all(0 < share <= 1 for share in kept.values())
+    loss = PainterLoss(codec, sampler, batch=2)
+    losses = []
+    Loop(codec, LoopConfig(steps=30, lr=5e-3, warmup=1), tmp_path).run(
+        lambda step: (lambda out: (losses.append(out[0].item()), out)[1])(loss(step))
+    )
+    assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
+
+
+def test_area_weight_is_small_inside_a_closed_mouth() -> None:
+    canvas = FaceCanvas()
+    weight = AreaWeight(canvas, (32, 112, 16, 144))
+    closed = np.zeros((20, 20, 2), np.float32)
+    # Press the canvas' open mouth (rows 56 to 83) into a line.
+    rest = canvas.rest_map[4::8, 4::8, 1]
+    closed[6:11, 5:15, 1] = rest[6:7, 5:15] - rest[6:11, 5:15]
+    area = weight(torch.from_numpy(closed)[None])[0]
+    assert area[36, 64] < 0.3 * area[5, 64]
+
+
+def test_texture_loss_is_zero_only_at_the_target() -> None:
+    target, weight = torch.rand(1, 3, 16, 16), torch.ones(1, 16, 16)
+    assert texture_loss(target, target, weight) == 0
+    assert texture_loss(target + 0.1, target, weight) > 0
+
+
+@pytest.fixture(scope="module")
+def coded() -> list[Coded]:
+    codec = tiny_codec()
+    clips = [made_up_clip(f"synth_{i}", 44, seed=i) for i in range(2)]
+    sampler = Sampler(clips, seed=0)
+    return [code_clip(codec, sampler, c, torch.randn(2, len(c), 16).half(), plain=i == 0) for i, c in enumerate(clips)]
+
+
+def test_windows_show_the_target_and_another_time_of_the_same_clip(coded: list[Coded]) -> None:
+    windows = Windows(coded, np.ones(2), ForcingConfig(), seed=0)
+    for kind in (0, 1, 2) * 5:
+        target, reference, audio = windows.draw(kind)
+        assert target.shape == reference.shape == (7, 8, 10, 10) and audio.shape == (7, 4, 16)
+        assert not any(torch.equal(target[i], reference[i]) for i in range(7))
+    clip = coded[0]
+    target, _, audio = Windows([clip], np.ones(1), ForcingConfig(), seed=3).draw(1)
+    start = next(i for i in range(len(clip.still)) if torch.equal(clip.still[i].float(), target[0]))
+    torch.testing.assert_close(target[1], clip.moving[start + 1].float())  # groups follow the first frame at once
+    assert any(torch.equal(audio[1], rows[start + 1 : start + 5].float()) for rows in clip.speech)
+
+
+def test_layouts_are_what_the_rolling_cache_shows() -> None:
+    frames, visible = window_layout(2)
+    assert len(frames) == 7
+    assert visible[0].tolist() == [True] + [False] * 6  # the sink sees itself
+    assert visible[3].tolist() == [True] * 4 + [False] * 3  # the previous chunk sees the sink and itself
+    assert visible[6].all()  # the current chunk sees everything
+    assert window_layout(0)[1].all()
+
+
+def test_forcing_learns_and_counts_only_hidden_cells(coded: list[Coded]) -> None:
+    codec = tiny_codec()
+    model = tiny_dit(codec)
+    config = ForcingConfig(batch=4)
+    loss = ForcingLoss(model, codec, Windows(coded, np.ones(2), config, seed=0))
+    assert loss.weight[:, : codec.config.known_rows].abs().max() == 0
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    torch.manual_seed(0)
+    losses = []
+    for step in range(60):
+        value, _ = loss(step)
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        losses.append(value.item())
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.3])
+def test_pitch_moves_and_timing_stays(factor: float) -> None:
+    seconds = np.arange(32_000) / 16_000
+    tone = np.sin(2 * np.pi * 200 * seconds).astype(np.float32)
+    shifted = shift_pitch(tone, factor)
+    assert len(shifted) == len(tone)
+    spectrum = np.abs(np.fft.rfft(shifted[4000:20000]))
+    assert spectrum.argmax() == pytest.approx(200 * factor, abs=3)
+    bursts = (tone * (np.sin(2 * np.pi * 3 * seconds) > 0)).astype(np.float32)
+    envelope = [np.convolve(np.abs(x), np.ones(320), "same")[2000:-2000] for x in (bursts, shift_pitch(bursts, factor))]
+    lags = list(range(-800, 801, 80))
+    best = lags[
+        int(np.argmax([np.corrcoef(envelope[0][1000:-1000], np.roll(envelope[1], -k)[1000:-1000])[0, 1] for k in lags]))
+    ]
+    assert abs(best) <= 400  # 25 ms, well below a pixel frame
