@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
 from lipstream.media.speech import SpeechReader, count_speech_samples
+from lipstream.media.timeline import SLACK, SPEECH_RATE, TAIL
 from lipstream.media.writer import VideoWriter
 from lipstream.mouth import MouthModel
 from lipstream.session import Observed, Observer, Session, SpeechRows, SyncedFrame
@@ -213,13 +215,14 @@ def _progress(done: int, total: int | None, started: float) -> Progress:
 
 
 def _expected_frames(reader: VideoReader, samples: int) -> int | None:
-    """Frames of the result, as far as the headers tell."""
-    from_speech = round(samples / 16_000 * reader.fps)
+    """Frames of the result, as far as the headers tell; for the progress display only."""
+    speech = Fraction(samples, SPEECH_RATE)
+    from_speech = max(1, int((speech - TAIL) * reader.fps) + 1)
     if reader.duration_seconds is None or reader.frames is None:
-        return max(1, from_speech)
-    if reader.duration_seconds > samples / 16_000:
-        return max(1, min(reader.frames, from_speech))
-    return max(reader.frames, from_speech)
+        return from_speech
+    if abs(reader.duration_seconds - float(speech)) <= SLACK:
+        return reader.frames
+    return min(reader.frames, from_speech) if reader.duration_seconds > speech else from_speech
 
 
 def _fast_bfloat16() -> bool:

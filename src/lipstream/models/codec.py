@@ -28,6 +28,9 @@ from lipstream.checkpoints.files import load_module, read_config, save_module
 from lipstream.streaming import StreamingModule
 
 FRAMES_PER_LATENT = 4
+# The lips on the canvas (its wide-open rest shape): centre and half axes of an ellipse just outside of them, (x, y).
+LIPS_CENTRE_PX = (80.0, 71.5)
+LIPS_RADII_PX = (51.0, 31.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,8 @@ class LinearCode(nn.Module):
         self.basis.copy_(vectors.flip(1)[:, :channels])
         weight = kept.sqrt().sqrt()  # code std before normalisation
         self.scale.copy_(kept.sqrt() / (weight / weight.square().mean().sqrt()))
-        return kept.sum() / values.sum()
+        share: Tensor = kept.sum() / values.sum()
+        return share
 
 
 class ResidualBlock(nn.Module):
@@ -296,7 +300,7 @@ class PocketCodec(StreamingModule[CodecState]):
             source: [N, 4, 3, h, w] in 0..1, the source's texture in the paint box.
 
         Returns:
-            paint [N, 4, 3, h, w] and gate [N, 4, h, w]; the gate is zero at the border of the box.
+            paint [N, 4, 3, h, w] and gate [N, 4, h, w]; the gate is zero beyond the lips.
         """
         (top, bottom), (left, right) = self.config.paint_rows, self.config.paint_cols
         cells = torch.cat([z, previous, source_z], 1)[:, :, top:bottom, left:right]
@@ -328,16 +332,14 @@ class PocketCodec(StreamingModule[CodecState]):
         return Decoded(fields, paint.clamp(0, 1), gate)
 
     def _window(self, like: Tensor) -> Tensor:
-        """[h, w] factor that takes the gate to zero within one cell of the paint box' border."""
-        height, width = like.shape[-2:]
-
-        def ramp(size: int) -> Tensor:
-            position = torch.arange(size, device=like.device, dtype=like.dtype) + 0.5
-            edge = torch.minimum(position, size - position) / self.config.cell_px
-            u = edge.clamp(0, 1)
-            return u * u * (3 - 2 * u)
-
-        return ramp(height)[:, None] * ramp(width)[None]
+        """[h, w] factor that keeps the gate to an ellipse around the lips; skin further out is always the source's."""
+        top, bottom, left, right = self.config.paint_box_px
+        y = torch.arange(top, bottom, device=like.device, dtype=like.dtype) + 0.5
+        x = torch.arange(left, right, device=like.device, dtype=like.dtype) + 0.5
+        (cx, cy), (rx, ry) = LIPS_CENTRE_PX, LIPS_RADII_PX
+        distance = (((x - cx) / rx).square()[None] + ((y - cy) / ry).square()[:, None]).sqrt()
+        u = ((1.22 - distance) / 0.22).clamp(0, 1)
+        return u * u * (3 - 2 * u)
 
 
 def _grouped(frames: Tensor, first: bool) -> Tensor:

@@ -45,7 +45,7 @@ LEFT_OUT = (
     "s1_srbu7s",
 )
 # Paint costs a little everywhere, so that skin stays the source's and only what it cannot show is painted.
-GATE_COST = 0.004
+GATE_COST = 0.015
 SHARE = {"s1": 0.45}  # of the draws; all other clips share the rest, so that one man does not dominate
 
 

@@ -30,7 +30,7 @@ from lipstream.diffusion.schedule import STUDENT_TIMES, add_noise
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
 from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec, load_codec
 from lipstream.models.dit import FLAVOURS, Conditions, DiT
-from lipstream.training.codec import LEFT_OUT, Groups, Sampler
+from lipstream.training.codec import LEFT_OUT, Sampler
 from lipstream.training.loop import Loop, LoopConfig
 from lipstream.training.samples import Clip, load_clips
 from lipstream.training.speech import augment

@@ -1,0 +1,74 @@
+"""Turn training runs into a model folder that ``LipSync.from_pretrained`` reads (half precision, averaged weights).
+
+    python -m lipstream.training.export FOLDER --codec RUN --forcing RUN --speech speech.safetensors --guidance 1.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lipstream.models.codec import FLAVOURS as CODECS
+from lipstream.models.codec import PocketCodec, save_codec
+from lipstream.models.dit import FLAVOURS, DiT
+from lipstream.mouth import save_dit
+
+log = logging.getLogger(__name__)
+
+
+def load_averaged(model: nn.Module, run: Path) -> int:
+    """Fill ``model`` with a run's averaged weights; returns the step they are of.
+
+    Raises:
+        ValueError: the run has no checkpoint.
+    """
+    checkpoint = run / "checkpoint.pt"
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint}: no such checkpoint; has the run saved one yet?")
+    state = torch.load(checkpoint, weights_only=True)
+    model.load_state_dict(state["averaged"])
+    return int(state["step"])
+
+
+def export(
+    folder: Path,
+    codec: Path | None,
+    forcing: Path | None,
+    speech: Path | None,
+    guidance: float,
+    flavour: str = "pocket",
+) -> None:
+    """Write the parts that are given; the others stay as they are in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if codec is not None:
+        codec_model = PocketCodec(CODECS[flavour])
+        log.info("codec of step %d", load_averaged(codec_model, codec))
+        save_codec(codec_model, folder / "codec.safetensors")
+    if forcing is not None:
+        dit = DiT(FLAVOURS[flavour])
+        log.info("dit of step %d, guidance %.2f", load_averaged(dit, forcing), guidance)
+        save_dit(dit, guidance, folder / "dit.safetensors")
+    if speech is not None and speech.resolve() != (folder / "speech.safetensors").resolve():
+        shutil.copyfile(speech, folder / "speech.safetensors")
+
+
+def main() -> None:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--codec", type=Path, metavar="RUN")
+    parser.add_argument("--forcing", type=Path, metavar="RUN")
+    parser.add_argument("--speech", type=Path, metavar="FILE")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    export(arguments.folder, arguments.codec, arguments.forcing, arguments.speech, arguments.guidance)
+
+
+if __name__ == "__main__":
+    main()
