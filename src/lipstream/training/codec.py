@@ -214,7 +214,9 @@ class PainterLoss:
         error = ((out - wanted).square() * weight.view_as(gate)[:, :, None]).mean() / weight.mean()
         openness = gate.mean()
         metrics = {"psnr": -10 * error.log10().item(), "gate": openness.item()}
-        return loss + GATE_COST * openness, metrics
+        # Charged by picture area: where a closed mouth hides the paint, showing it costs nothing.
+        cost = (gate * weight.view_as(gate)).mean() / weight.mean()
+        return loss + GATE_COST * cost, metrics
 
 
 def train(run: Path, samples: Sequence[Path], loop: LoopConfig, flavour: str = "pocket", batch: int = 8) -> PocketCodec:
