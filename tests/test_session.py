@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 from lipstream.background import Ahead
+from lipstream.faces.canvas import Alignment
 from lipstream.media.opening import MediaError
-from lipstream.media.reader import VideoReader
-from lipstream.mouth import CanvasFrame, Take
+from lipstream.media.reader import SourceFrame, VideoReader
+from lipstream.mouth import CanvasFrame, MouthModel, Take
 from lipstream.pipeline import LipSync
-from lipstream.session import SpeechRows
+from lipstream.session import Face, Observed, Session, SpeechRows
 from tiny import tiny_mouth_model
 
 DEMO = Path(__file__).parents[1] / "src" / "lipstream" / "assets" / "demo"
@@ -162,3 +164,30 @@ def test_ahead_keeps_order_and_hands_over_errors_and_stops() -> None:
 def test_unknown_model_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="pocket"):
         LipSync.from_pretrained("no-such-model")
+
+
+@pytest.mark.parametrize("fps", [10, 25, 50])
+def test_a_cut_begins_one_take_and_keeps_the_mouths_apart(fps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid may skip the frame that carries the cut (50 fps) or see it more than once (10 fps)."""
+    takes: list[Take] = []
+
+    def counted(model: MouthModel, seed: int) -> Take:
+        takes.append(Take(model, seed))
+        return takes[-1]
+
+    monkeypatch.setattr("lipstream.session.Take", counted)
+    fields: list[np.ndarray] = []  # what was composed, frame by frame
+    session = Session(tiny_mouth_model(), Fraction(1, fps), lambda start, stop: torch.zeros(stop - start, 16))
+    monkeypatch.setattr(session, "_compositor", lambda *arguments: fields.append(arguments[3]))
+    canvases = canvas_frames(2)
+    face = Face(Alignment(np.eye(2, 3)), np.zeros((20, 20, 2), np.float32), 0)
+    stored = av.VideoFrame(96, 96, "yuv420p")
+    out = []
+    for index in range(fps):
+        frame = SourceFrame(index=index, pts=index + 7, duration_pts=1, time_base=Fraction(1, fps), stored=stored)
+        out += list(session.push(Observed(frame, face, canvases[index >= 5], cut=index == 5)))
+    out += list(session.finish())
+    assert [f.index for f in out] == list(range(fps)) and len(fields) == fps
+    assert len(takes) == 2
+    if fps == 50:  # frame 5 lies between a model frame of either shot: it takes its own shot's, unmixed
+        np.testing.assert_array_equal(fields[5], fields[6])

@@ -50,6 +50,18 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class _Placed:
+    """An observed frame and the number of its shot, which counts the cuts so far.
+
+    The model's grid may skip the frame that carries the cut (sources above 25 fps) or see it twice (below), so that
+    takes go by shots and not by the mark itself.
+    """
+
+    observed: Observed
+    shot: int
+
+
+@dataclass(frozen=True)
 class SyncedFrame:
     """One output frame.
 
@@ -114,13 +126,15 @@ class Session:
     ) -> None:
         self._model, self._rows, self._seed = model, rows, seed
         self._compositor = Compositor(model.canvas)
-        self._grid: GridSampler[Observed] = GridSampler(time_base)
+        self._grid: GridSampler[_Placed] = GridSampler(time_base)
         self._time_base = time_base
         self._origin: int | None = None
-        self._waiting: deque[Observed] = deque()
-        self._mouths: dict[int, Mouth | None] = {}
-        self._decided = 0  # model frames below this have their mouth (or None)
+        self._shot = 0
+        self._waiting: deque[_Placed] = deque()
+        self._mouths: dict[int, tuple[int, Mouth]] = {}  # model frame -> (shot, mouth)
+        self._decided = 0  # model frames below this have their mouth (or none, where no face showed)
         self._take: Take | None = None
+        self._take_shot = 0
         self._chunk: list[CanvasFrame] = []
         self._held: CanvasFrame | None = None  # the last face of the take
         self._missing = 0
@@ -129,8 +143,10 @@ class Session:
         """Take the next source frame; yields the frames that are finished now."""
         if self._origin is None:
             self._origin = observed.frame.pts
-        self._waiting.append(observed)
-        for shown in self._grid.push(observed.frame.pts, observed):
+        self._shot += observed.cut
+        placed = _Placed(observed, self._shot)
+        self._waiting.append(placed)
+        for shown in self._grid.push(observed.frame.pts, placed):
             self._model_frame(shown)
         yield from self._finished(final=False)
 
@@ -143,22 +159,22 @@ class Session:
 
     # ------------------------------------------------------------------ model side
 
-    def _model_frame(self, shown: Observed) -> None:
+    def _model_frame(self, shown: _Placed) -> None:
         """Advance the 25 fps grid by one frame."""
-        if self._take is not None and (shown.cut or self._missing > MAX_GAP_MODEL_FRAMES):
+        if self._take is not None and (shown.shot != self._take_shot or self._missing > MAX_GAP_MODEL_FRAMES):
             self._end_take()
-        if shown.canvas is None:
+        canvas = shown.observed.canvas
+        if canvas is None:
             self._missing += 1
         else:
             self._missing = 0
             if self._take is None:
-                self._take = Take(self._model, self._seed)
+                self._take, self._take_shot = Take(self._model, self._seed), shown.shot
         if self._take is None:
-            self._mouths[self._decided] = None
             self._decided += 1
             return
         # A short gap holds the last face, so that the take's history stays whole; its frames pass through anyway.
-        self._held = shown.canvas or self._held
+        self._held = canvas or self._held
         assert self._held is not None  # a take begins with a face
         self._chunk.append(self._held)
         if len(self._chunk) == self._take.next_pixel_frames:
@@ -170,8 +186,11 @@ class Session:
         valid, need = len(self._chunk), self._take.next_pixel_frames
         frames = self._chunk + [self._chunk[-1]] * (need - valid)
         mouths = self._take.step(frames, self._rows(self._decided, self._decided + need))
+        # Where a source frame shows for long, most model frames belong to nobody: they are not kept.
+        wanted = {place + step for place, _ in map(self._place, self._waiting) for step in (0, 1)}
         for mouth in mouths[:valid]:
-            self._mouths[self._decided] = mouth
+            if self._decided in wanted:
+                self._mouths[self._decided] = (self._take_shot, mouth)
             self._decided += 1
         self._chunk = []
 
@@ -182,28 +201,40 @@ class Session:
 
     # --------------------------------------------------------------- picture side
 
+    def _place(self, placed: _Placed) -> tuple[int, float]:
+        """Where a source frame stands: the model frame at or before it, and its share of the way to the next."""
+        place = (placed.observed.frame.pts - (self._origin or 0)) * self._time_base * MODEL_FPS
+        lower = int(place)
+        share = float(place - lower)
+        # Time bases like 1/90000 round; a hair beside a model frame is that model frame.
+        if share > 0.98:
+            return lower + 1, 0.0
+        return lower, share if share > 0.02 else 0.0
+
     def _finished(self, final: bool) -> Iterator[SyncedFrame]:
         while self._waiting:
-            place = (self._waiting[0].frame.pts - (self._origin or 0)) * self._time_base * MODEL_FPS
-            lower = int(place)
-            share = float(place - lower)
-            if share > 0.98:  # time bases like 1/90000 round; a hair below a model frame is that model frame
-                lower, share = lower + 1, 0.0
-            needed = lower + (2 if share > 0.02 else 1)
-            if self._decided < needed and not final:
+            lower, share = self._place(self._waiting[0])
+            if self._decided < lower + (2 if share else 1) and not final:
                 return
-            observed = self._waiting.popleft()
-            yield self._compose(observed, min(lower, self._decided - 1), share)
+            yield self._compose(self._waiting.popleft(), min(lower, self._decided - 1), share)
             for old in [i for i in self._mouths if i < lower]:
                 del self._mouths[old]
 
-    def _compose(self, observed: Observed, lower: int, share: float) -> SyncedFrame:
-        frame, face, mouth = observed.frame, observed.face, self._mouths.get(lower)
+    def _mouth(self, model_frame: int, shot: int) -> Mouth | None:
+        """The mouth of a model frame, if it was generated for this shot."""
+        made_for, mouth = self._mouths.get(model_frame, (shot, None))
+        return mouth if made_for == shot else None
+
+    def _compose(self, placed: _Placed, lower: int, share: float) -> SyncedFrame:
+        frame, face = placed.observed.frame, placed.observed.face
+        mouth = self._mouth(lower, placed.shot)
+        after = self._mouth(lower + 1, placed.shot) if share else None
+        if mouth is None:  # the shot, or its face, begins between two model frames
+            mouth, after = after, None
         patch = None
         if face is not None and mouth is not None:
             field, nearest = mouth.field, mouth
-            after = self._mouths.get(lower + 1)
-            if share > 0.02 and after is not None:
+            if after is not None:
                 field = mouth.field + np.float32(share) * (after.field - mouth.field)
                 nearest = mouth if share < 0.5 else after
             patch = self._compositor(frame.image, face.alignment, face.field, field, nearest.paint, nearest.gate)

@@ -1,8 +1,8 @@
 """The clock: source frames at any rate <-> the model's 25 fps grid <-> 16 kHz speech, in integers only.
 
 Times count from the first source frame. Model frame i stands at i/25 s and hears speech samples [640 i, 640 (i+1)).
-The model sees, at i/25 s, the source frame that a player would show then; each source frame gets the mouth of the
-model frame nearest to its own timestamp. Frame counts follow the speech: a longer source is cut, a shorter one plays
+The model sees, at i/25 s, the source frame that a player would show then; how a source frame between two model frames
+gets its mouth is the session's to say. Frame counts follow the speech: a longer source is cut, a shorter one plays
 forwards and backwards without repeating its end frames. Chunks are 9 pixel frames first and 12 after (3 latent
 frames each, the codec packing 1 + 4 + 4 and then 4 + 4 + 4).
 
