@@ -55,9 +55,9 @@ class Compositor:
     def __init__(self, canvas: FaceCanvas) -> None:
         self.canvas = canvas
         self._mask = canvas_mask()
-        # Every fourth pixel of the mask is enough to bound it; :meth:`_box` adds the step as a margin.
+        # Every fourth pixel is enough to bound the mask, grown by that step (on a large face many source px).
         self._support = np.zeros((CANVAS_PX, CANVAS_PX), np.bool_)
-        self._support[::4, ::4] = self._mask[::4, ::4] > 0.004
+        self._support[::4, ::4] = cv2.dilate(self._mask, np.ones((9, 9), np.uint8))[::4, ::4] > 0.004
         fine = CANVAS_PX * _SPLAT
         xy = (np.arange(fine, dtype=np.float32) + 0.5) / _SPLAT - 0.5
         self._splat_x, self._splat_y = (a.ravel().astype(np.float64) for a in np.meshgrid(xy, xy))  # as bincount wants
@@ -121,8 +121,8 @@ class Compositor:
         inside = target_map[self._support]
         back = alignment.inverse
         source = inside @ back[:, :2].T + back[:, 2]
-        left, top = (int(v) for v in np.floor(source.min(0)) - 4)
-        right, bottom = (int(v) for v in np.ceil(source.max(0)) + 5)
+        left, top = (int(v) for v in np.floor(source.min(0)) - 2)
+        right, bottom = (int(v) for v in np.ceil(source.max(0)) + 3)
         height, width = size
         left, top = max(0, left) & ~1, max(0, top) & ~1
         right, bottom = min(width, right + (right & 1)), min(height, bottom + (bottom & 1))
