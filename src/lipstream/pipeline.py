@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -129,8 +130,12 @@ class LipSync:
         reader = VideoReader(video)
         frames = synced = 0
         gaps: list[tuple[int, int]] = []
-        with VideoWriter(output, like=reader, audio=audio, crf=crf) as writer:
-            for done in self._frames(reader, video, audio, progress, clock):
+        with (
+            VideoWriter(output, like=reader, audio=audio, crf=crf) as writer,
+            # Closed at once, also when writing fails: a kept traceback must not keep the threads running.
+            closing(self._frames(reader, video, audio, progress, clock)) as made,
+        ):
+            for done in made:
                 since = time.perf_counter()
                 writer.write(done.frame)
                 clock.add("write", since)
@@ -171,7 +176,7 @@ class LipSync:
         audio: PathLike,
         progress: Callable[[Progress], None] | None,
         clock: _Clock,
-    ) -> Iterator[SyncedFrame]:
+    ) -> Generator[SyncedFrame, None, None]:
         samples = count_speech_samples(audio)
         if not samples:
             raise MediaError(audio, "its sound has no samples", "use a file with speech in it")
