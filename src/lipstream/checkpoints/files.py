@@ -25,6 +25,7 @@ def save_module(module: nn.Module, config: Mapping[str, Any], path: Path, dtype:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"config": json.dumps(dict(config))})
+    temporary.chmod(0o644)  # safetensors writes for the owner only
     temporary.replace(path)
 
 
