@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import pytest
 import torch
 
 from lipstream.background import Ahead
-from lipstream.faces.canvas import Alignment
+from lipstream.faces.canvas import Alignment, FaceCanvas
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.mouth import CanvasFrame, MouthModel, Take
 from lipstream.pipeline import LipSync
-from lipstream.session import Face, Observed, Session, SpeechRows
+from lipstream.session import Face, Observed, Observer, Session, SpeechRows
 from tiny import tiny_mouth_model
 
 DEMO = Path(__file__).parents[1] / "src" / "lipstream" / "assets" / "demo"
@@ -191,3 +192,16 @@ def test_a_cut_begins_one_take_and_keeps_the_mouths_apart(fps: int, monkeypatch:
     assert len(takes) == 2
     if fps == 50:  # frame 5 lies between a model frame of either shot: it takes its own shot's, unmixed
         np.testing.assert_array_equal(fields[5], fields[6])
+
+
+def test_a_face_that_suddenly_looks_different_in_the_same_place_is_a_cut() -> None:
+    observer, frames = Observer(FaceCanvas()), []
+    for frame in VideoReader(DEMO / "clip.mp4"):
+        frames.append(frame)
+        if len(frames) == 6:
+            break
+    for frame in frames[3:]:
+        picture = av.VideoFrame.from_ndarray((frame.image * 0.5).astype(np.uint8), format="rgb24")
+        stored = picture.reformat(format="yuv420p")
+        frames[frame.index] = dataclasses.replace(frame, stored=stored)
+    assert [observer.step(frame).cut for frame in frames] == [False, False, False, True, False, False]

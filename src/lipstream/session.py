@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lipstream.faces.canvas import Alignment, FaceCanvas, Float
+from lipstream.faces.canvas import KNOWN_ROWS_PX, Alignment, FaceCanvas, Float
 from lipstream.faces.composite import Compositor, Patch
 from lipstream.faces.track import FaceTracker
 from lipstream.media.reader import SourceFrame, replace_region
@@ -28,6 +28,9 @@ from lipstream.mouth import CanvasFrame, Mouth, MouthModel, Take
 
 MAX_GAP_MODEL_FRAMES = 12  # a face lost for longer ends its take
 MAX_JUMP_CROP_PX = 60.0  # more than half the distance between the eyes from one frame to the next is a cut
+# So is another face in the same place. Mean difference of nose and cheeks on the canvas, of 255: at most 14 from frame
+# to frame of 58 clips (synthetic, GRID and moving heads), more than 18 between 99 % of pairs of people.
+MAX_CHANGE = 18.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Observer:
     def __init__(self, canvas: FaceCanvas) -> None:
         self._canvas = canvas
         self._tracker = FaceTracker()
-        self._before: Face | None = None
+        self._before: tuple[Face, CanvasFrame] | None = None
 
     def step(self, frame: SourceFrame) -> Observed:
         """Track one frame; frames come in order of time."""
@@ -96,18 +99,23 @@ class Observer:
         alignment = self._canvas.align(track.landmarks)
         field = self._canvas.field(track.landmarks, alignment)
         face = Face(alignment, field, track.id)
-        cut = self._before is not None and self._jumped(self._before, face)
-        self._before = face
-        return Observed(frame, face, CanvasFrame(field, self._canvas.texture(image, field, alignment)), cut)
+        canvas = CanvasFrame(field, self._canvas.texture(image, field, alignment))
+        cut = self._before is not None and self._is_cut(*self._before, face, canvas)
+        self._before = face, canvas
+        return Observed(frame, face, canvas, cut)
 
     @staticmethod
-    def _jumped(before: Face, face: Face) -> bool:
-        """Whether the face's centre leapt: the old crop's origin seen in the new crop."""
-        if before.id != face.id:
+    def _is_cut(face_before: Face, canvas_before: CanvasFrame, face: Face, canvas: CanvasFrame) -> bool:
+        """Whether it is another face, or it leapt (the old crop's origin seen in the new crop), or looks different."""
+        if face_before.id != face.id:
             return True
-        centre = before.alignment.inverse @ np.array([0.0, 0.0, 1.0])
-        moved = face.alignment.matrix[:, :2] @ centre + face.alignment.matrix[:, 2]
-        return bool(np.hypot(moved[0], moved[1]) > MAX_JUMP_CROP_PX)
+        origin = face_before.alignment.inverse[:, 2]
+        moved = face.alignment.matrix[:, :2] @ origin + face.alignment.matrix[:, 2]
+        if np.hypot(moved[0], moved[1]) > MAX_JUMP_CROP_PX:
+            return True
+        known = np.s_[2:KNOWN_ROWS_PX:4, 4:-4:4]
+        change = canvas.texture[known].astype(np.float32) - canvas_before.texture[known]
+        return bool(np.abs(change).mean() > MAX_CHANGE)
 
 
 class Session:
