@@ -232,12 +232,15 @@ def train(run: Path, samples: Sequence[Path], loop: LoopConfig, flavour: str = "
         linear = {k: v for k, v in codec.state_dict().items() if not k.startswith("painter.")}
         torch.save(linear, fitted)
     codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trained = Loop(codec, loop, run).run(PainterLoss(codec, sampler, batch))
+    trainer = Loop(codec, loop, run)
+    sampler.rng = np.random.default_rng(trainer.step + 1)  # a resumed run goes on to new draws
+    trained = trainer.run(PainterLoss(codec, sampler, batch))
     assert isinstance(trained, PocketCodec)
     return trained
 
 
 def main() -> None:
+    """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--samples", type=Path, nargs="+", required=True)

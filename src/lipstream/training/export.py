@@ -1,6 +1,6 @@
 """Turn training runs into a model folder that ``LipSync.from_pretrained`` reads (half precision, averaged weights).
 
-    python -m lipstream.training.export FOLDER --codec RUN --forcing RUN --speech speech.safetensors --guidance 1.5
+python -m lipstream.training.export FOLDER --codec RUN --forcing RUN --speech speech.safetensors --guidance 1.5
 """
 
 from __future__ import annotations

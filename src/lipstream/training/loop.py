@@ -1,8 +1,9 @@
 """The optimiser loop shared by all training stages: AdamW, warm-up, cosine, EMA, resumable checkpoints, metrics.
 
 A stage owns its data and its loss; it hands :class:`Loop` a function ``loss(step) -> (loss, metrics)`` and gets back a
-model. Everything the run needs to go on after a kill (weights, EMA, optimiser, step, random states) is in one file that
-is replaced atomically; ``metrics.jsonl`` beside it grows by one line per report.
+model. What the run needs to go on after a kill (weights, EMA, optimiser, step, torch's random state) is in one file
+that is replaced atomically; a stage that draws with a generator of its own seeds it from the step, so a resumed run
+sees new draws, not the same ones. ``metrics.jsonl`` beside it grows by one line per report.
 """
 
 from __future__ import annotations

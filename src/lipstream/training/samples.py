@@ -13,6 +13,7 @@ import argparse
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,11 @@ class Clip:
 
 
 def prepare_video(video: Path, folder: Path, canvas: FaceCanvas) -> bool:
-    """Write the sample of one 25 fps video; False (and nothing written) where too few frames show a face."""
+    """Write the sample of one 25 fps video; False (and nothing written) where too few frames show a face.
+
+    Raises:
+        ValueError: the video has another frame rate, so that its frames would not lie beside its speech.
+    """
     # Imported here: training from prepared samples needs neither the face networks nor a video library.
     from lipstream.faces.track import FaceTracker
     from lipstream.media.reader import VideoReader
@@ -63,7 +68,12 @@ def prepare_video(video: Path, folder: Path, canvas: FaceCanvas) -> bool:
     fields: list[Float] = []
     textures: list[NDArray[np.uint8]] = []
     tracked: list[bool] = []
-    for frame in VideoReader(video):
+    reader = VideoReader(video)
+    if abs(reader.fps - 25) > Fraction(1, 20):
+        raise ValueError(
+            f"{video}: {float(reader.fps):.2f} frames per second; samples are made of 25, convert it first"
+        )
+    for frame in reader:
         image = frame.image
         face = tracker.step(image)
         tracked.append(face is not None)
@@ -107,6 +117,7 @@ def load_clips(folders: Iterable[Path], leave_out: Sequence[str] = ()) -> list[C
 
 
 def main() -> None:
+    """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("videos", type=Path, nargs="+")
