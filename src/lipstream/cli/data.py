@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lipstream.cli.common import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, print_error
 from lipstream.data.synthetic.generate import SynthesisConfig, synthesize
 from lipstream.data.synthetic.requirements import MissingRequirementError
 
@@ -30,17 +31,19 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `lipstream data ...`; returns the exit status."""
-    errors = Console(stderr=True)
     try:
         config = SynthesisConfig(hours=args.hours, seed=args.seed, size=args.size, clip_seconds=args.clip_seconds)
         _synthesize(config, args.out)
-    except (ValueError, MissingRequirementError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 1
+    except (ValueError, OSError) as error:
+        print_error(str(error))
+        return EXIT_USAGE
+    except MissingRequirementError as error:
+        print_error(str(error))
+        return EXIT_FAILED
     except KeyboardInterrupt:
-        errors.print("stopped; run the same command again to continue", highlight=False)
-        return 130
-    return 0
+        print_error("stopped by Ctrl-C; run the same command again to continue")
+        return EXIT_INTERRUPTED
+    return EXIT_OK
 
 
 def _synthesize(config: SynthesisConfig, folder: Path) -> None:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
-        print_error("stopped by Ctrl-C; nothing was written")
+        print_error("stopped by Ctrl-C; no half-written file is left")
         return EXIT_INTERRUPTED
     except _TerminatedError:
         return EXIT_TERMINATED
