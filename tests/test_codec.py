@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lipstream.models.codec import LinearCode, load_codec, save_codec
+from lipstream.checkpoints.networks import load_codec, save_codec
+from lipstream.models.codec import LinearCode
 from tiny import tiny_codec
 
 

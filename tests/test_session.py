@@ -186,8 +186,8 @@ def test_a_cut_begins_one_take_and_keeps_the_mouths_apart(fps: int, monkeypatch:
     out = []
     for index in range(fps):
         frame = SourceFrame(index=index, pts=index + 7, duration_pts=1, time_base=Fraction(1, fps), stored=stored)
-        out += list(session.push(Observed(frame, face, canvases[index >= 5], cut=index == 5)))
-    out += list(session.finish())
+        out += session.push(Observed(frame, face, canvases[index >= 5], cut=index == 5))
+    out += session.finish()
     assert [f.index for f in out] == list(range(fps)) and len(fields) == fps
     assert len(takes) == 2
     if fps == 50:  # frame 5 lies between a model frame of either shot: it takes its own shot's, unmixed

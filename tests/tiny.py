@@ -37,6 +37,7 @@ def tiny_dit(codec: PocketCodec, seed: int = 0) -> DiT:
             audio_blocks=(0, 1),
             prediction="reference_residual",
             input_gate=True,
+            keep_known=True,
             active_tokens=((False,) * 5, *((True,) * 5 for _ in range(4))),
         )
     )

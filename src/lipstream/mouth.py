@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +17,16 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lipstream.checkpoints.files import load_module, read_config, save_module
+from lipstream.checkpoints.networks import load_codec, load_dit
 from lipstream.diffusion.rollout import Rollout
-from lipstream.faces.canvas import CANVAS_PX, FaceCanvas, Float
+from lipstream.faces.canvas import CANVAS_PX, FaceCanvas, Float, outline_weight
+from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
-from lipstream.models.codec import PocketCodec, load_codec
-from lipstream.models.dit import Conditions, DiT, DiTConfig
+from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
+from lipstream.models.dit import Conditions, DiT
 
-FIRST_CHUNK_PIXEL_FRAMES = 9
-CHUNK_PIXEL_FRAMES = 12
+OFFSET_RATE = 0.04  # per pixel frame: a time constant of one second
+REFERENCE_RATE = 0.12  # of the running mean per latent frame (0.16 s): a time constant of 1.3 s
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,9 @@ class MouthModel:
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> MouthModel:
         """Read ``dit.safetensors``, ``codec.safetensors`` and ``speech.safetensors`` of a flavour's folder."""
-        config = read_config(folder / "dit.safetensors")
-        guidance = float(config.pop("guidance"))
-        dit = DiT(DiTConfig.from_dict(config))
-        load_module(dit, folder / "dit.safetensors")
+        dit, guidance = load_dit(folder / "dit.safetensors")
         codec = load_codec(folder / "codec.safetensors")
         return cls(dit, codec, load_speech_encoder(folder / "speech.safetensors"), guidance, dtype)
-
-
-def save_dit(model: DiT, guidance: float, path: Path) -> None:
-    """Write a DiT and the guidance scale that it was tuned with."""
-    config: dict[str, Any] = {**model.config.to_dict(), "guidance": guidance}
-    save_module(model, config, path)
 
 
 class Take:
@@ -99,8 +90,11 @@ class Take:
         grid = model.codec.config.grid
         self._codec = model.codec.stream_view(1)
         self._rollout = Rollout(model.dit, batch=1, height=grid, width=grid, seed=seed, guidance=model.guidance)
-        self._mask = model.codec.mouth_mask().to(model.dtype)
+        self._mask = model.codec.mouth_mask()
         self._reference: Tensor | None = None
+        self._offset: Tensor | None = None  # [20, 20, 2] constant part of generated minus resting shape
+        self._outline = torch.from_numpy(outline_weight())[..., None]
+        self._average: Tensor | None = None  # [1, K, grid, grid] running mean of the source's latents
 
     @property
     def next_pixel_frames(self) -> int:
@@ -127,20 +121,64 @@ class Take:
         textures = torch.from_numpy(np.stack([f.texture for f in frames]))
         textures = rearrange(textures, "f h w c -> 1 f c h w").float() / 255
         z = self._codec.encode(fields, textures)
+        neutral, posed = self._neutral(z)
         if self._reference is None:
-            self._reference = z[:, :, :1].to(dtype)
-        audio = self._pack(speech.to(dtype)[None], first=self._rollout.chunk == 0)
+            self._reference = neutral[:, :, :1].to(dtype)
         conditions = Conditions(
             reference=self._reference,
-            mask=self._mask,
-            masked_video=z.to(dtype) * (1 - self._mask),
-            ref_sequence=z.to(dtype),
-            audio=audio,
+            mask=self._mask.to(dtype),
+            masked_video=torch.zeros_like(neutral, dtype=dtype),
+            ref_sequence=neutral.to(dtype),
+            audio=self._pack(speech.to(dtype)[None], first=self._rollout.chunk == 0),
         )
-        x0 = self._rollout.step(conditions).float()
-        x0 = torch.where(self._mask > 0, x0, z)
+        generated = self._rollout.step(conditions).float()
+        x0, resting_z = (torch.where(self._mask > 0, free + posed, z) for free in (generated, neutral))
         decoded = self._codec.decode(x0, z, textures)
-        return self._mouths(decoded.fields[0], decoded.paint[0], decoded.gate[0])
+        shapes = self._keep_outline(decoded.fields[0], self._fields(resting_z), fields[0])
+        return self._mouths(shapes, decoded.paint[0], decoded.gate[0])
+
+    def _neutral(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The source's resting face and its pose, z [1, K, T, g, g] -> both of that shape.
+
+        The resting face is the pose-free latent averaged over the past seconds: it is what the model sees of the
+        source (its reference sequence), and since an average hardly moves, the source's own words cannot shine through.
+        Causal, latent frame by latent frame: chunking makes no difference.
+        """
+        codec = self._codec
+        neutral, posed = [], []
+        for frame in z.unbind(2):
+            free = codec.pose_free(frame)
+            self._average = free if self._average is None else self._average + REFERENCE_RATE * (free - self._average)
+            neutral.append(self._average)
+            posed.append(codec.posed(frame))
+        return torch.stack(neutral, 2), torch.stack(posed, 2)
+
+    def _fields(self, z: Tensor) -> Tensor:
+        """Shape fields [F, 20, 20, 2] of the latents of the chunk just decoded."""
+        groups = self._codec.decode_fields(rearrange(z, "1 k t h w -> t k h w"))
+        frames = groups.flatten(0, 1)
+        return frames[FRAMES_PER_LATENT - 1 :] if self._rollout.chunk == 1 else frames  # the lone first frame
+
+    def _keep_outline(self, fields: Tensor, resting: Tensor, source: Tensor) -> Tensor:
+        """Hold the generated shape to the source's head: [F, 20, 20, 2] each, crop px.
+
+        What is *constantly* different from the source's resting face in chin and jaw is taken out: how the jaw moves
+        is the model's to say, how it is built is the source's. The lips keep their mean: a silent source must not keep
+        a speaking mouth shut. And the lips stay where the source's are from left to right, which speech does not
+        change but a turning head does. Causal, frame by frame.
+        """
+        kept = []
+        lips = 1 - self._outline
+        for generated, rest, own in zip(fields, resting, source, strict=True):
+            difference = generated - rest
+            self._offset = (
+                difference if self._offset is None else self._offset + OFFSET_RATE * (difference - self._offset)
+            )
+            shape = generated - self._outline * self._offset
+            sideways = ((shape - own) * lips)[..., 0].sum() / lips.sum()
+            shape[..., 0] -= lips[..., 0] * sideways
+            kept.append(shape)
+        return torch.stack(kept)
 
     def commit(self) -> None:
         """Pay the clean pass now (between chunks) instead of at the start of the next step."""

@@ -197,7 +197,7 @@ class LipSync:
             with Ahead(observed(), _AHEAD, "faces") as ahead:
                 for seen in ahead:
                     since = time.perf_counter()
-                    ready = list(session.push(seen))
+                    ready = session.push(seen)
                     clock.add("mouths", since)
                     yield from ready
                 yield from session.finish()

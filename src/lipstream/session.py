@@ -26,6 +26,7 @@ from lipstream.media.reader import SourceFrame, replace_region
 from lipstream.media.timeline import MODEL_FPS, GridSampler
 from lipstream.mouth import CanvasFrame, Mouth, MouthModel, Take
 
+QUIET_SAMPLES = 10 * 16_000  # the encoder's memory of loudness is two seconds; steady after five of them
 MAX_GAP_MODEL_FRAMES = 12  # a face lost for longer ends its take
 MAX_JUMP_CROP_PX = 60.0  # more than half the distance between the eyes from one frame to the next is a cut
 # So is another face in the same place. Mean difference of nose and cheeks on the canvas, of 255: at most 14 from frame
@@ -147,8 +148,8 @@ class Session:
         self._held: CanvasFrame | None = None  # the last face of the take
         self._missing = 0
 
-    def push(self, observed: Observed) -> Iterator[SyncedFrame]:
-        """Take the next source frame; yields the frames that are finished now."""
+    def push(self, observed: Observed) -> list[SyncedFrame]:
+        """Take the next source frame; gives the frames that are finished now."""
         if self._origin is None:
             self._origin = observed.frame.pts
         self._shot += observed.cut
@@ -156,14 +157,14 @@ class Session:
         self._waiting.append(placed)
         for shown in self._grid.push(observed.frame.pts, placed):
             self._model_frame(shown)
-        yield from self._finished(final=False)
+        return list(self._finished(final=False))
 
-    def finish(self) -> Iterator[SyncedFrame]:
+    def finish(self) -> list[SyncedFrame]:
         """No more frames: generate the rest."""
         for shown in self._grid.finish():
             self._model_frame(shown)
         self._end_take()
-        yield from self._finished(final=True)
+        return list(self._finished(final=True))
 
     # ------------------------------------------------------------------ model side
 
@@ -288,5 +289,5 @@ class SpeechRows:
     def _quiet(self) -> Tensor:
         """The row of steady silence [1, D]."""
         if self._silence is None:
-            self._silence = self._encoder.stream_view(1)(torch.zeros(1, 16_000))[0, -1:]
+            self._silence = self._encoder.stream_view(1)(torch.zeros(1, QUIET_SAMPLES))[0, -1:]
         return self._silence

@@ -113,7 +113,8 @@ def _open_codec(model: str) -> PocketCodec:
     """A codec by model name, model folder, .safetensors file, or training checkpoint (.pt, flavour pocket)."""
     import torch
 
-    from lipstream.models.codec import FLAVOURS, PocketCodec, load_codec
+    from lipstream.checkpoints.networks import load_codec
+    from lipstream.models.codec import FLAVOURS, PocketCodec
 
     path = Path(model)
     torch.set_num_threads(1)

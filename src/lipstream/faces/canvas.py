@@ -63,6 +63,14 @@ def _grid(step: int) -> Float:
     return np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
 
 
+def outline_weight() -> Float:
+    """How much a sample of the shape field belongs to chin and jaw (1) and not to the lips (0): [FIELD, FIELD]."""
+    x, y = _grid(FIELD_STEP_PX).reshape(FIELD, FIELD, 2).transpose(2, 0, 1)
+    distance = np.hypot((x - 80.0) / 50.0, (y - 72.0) / 34.0)  # 1 on an ellipse just outside of the lips
+    u = np.clip((distance - 0.95) / 0.45, 0.0, 1.0)
+    return np.asarray(u * u * (3.0 - 2.0 * u), np.float32)
+
+
 def _thin_plate(points: NDArray[Any], queries: NDArray[Any], smoothing: float) -> NDArray[np.float64]:
     """Matrix [queries, points] of smoothed thin-plate interpolation from values at ``points``."""
 

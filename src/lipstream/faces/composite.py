@@ -27,10 +27,13 @@ def _ramp(position: Float, start: float, end: float) -> Float:
 
 
 def canvas_mask() -> Float:
-    """The feathered mouth mask on the canvas, [CANVAS_PX, CANVAS_PX] in 0..1; zero at the whole border."""
+    """The feathered mouth mask on the canvas, [CANVAS_PX, CANVAS_PX] in 0..1; zero at the whole border.
+
+    Full on lips and chin, gone before the sides of the jaw: their outline is the head's, not the mouth's.
+    """
     x = np.arange(CANVAS_PX, dtype=np.float32) + 0.5
-    sides = _ramp(x, 4, 28) * _ramp(CANVAS_PX - x, 4, 28)
-    rows = _ramp(x, 26, 48) * _ramp(CANVAS_PX - x, 2, 22)
+    sides = _ramp(x, 8, 44) * _ramp(CANVAS_PX - x, 8, 44)
+    rows = _ramp(x, 26, 48) * _ramp(CANVAS_PX - x, 2, 26)
     return np.asarray(rows[:, None] * sides[None, :], np.float32)
 
 

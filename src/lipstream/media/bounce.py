@@ -24,7 +24,7 @@ from lipstream.media.timeline import (
 )
 
 MAX_CACHED_FRAMES = 64
-MAX_CACHED_BYTES = 64 * 1024 * 1024
+MAX_CACHED_BYTES = 256 * 1024 * 1024  # a backward segment of 64 frames at 1080p
 
 
 class BouncingReader:

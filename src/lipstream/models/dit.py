@@ -461,7 +461,9 @@ class DiT(nn.Module):
         if self.active is not None:
             kept = conditions.ref_sequence if kind == "reference_residual" else conditions.masked_video
             x0 = torch.where(self._active_cells(rows, columns), x0, kept.to(x.dtype))
-        if kind == "velocity" and self.active is None:
+        if self.config.keep_known:
+            x0 = torch.where(conditions.mask > 0, x0, conditions.masked_video.to(x.dtype))
+        elif kind == "velocity" and self.active is None:
             return Prediction(x0, output)
         return Prediction(x0, ((x - x0) / time.clamp(min=1e-3)).to(x.dtype))
 

@@ -38,6 +38,8 @@ class DiTConfig:
     # Scale the noisy channels by (1-t)/sqrt((1-t)²+t²): at t = .999 they are pure noise, which a small
     # network spends its capacity on ignoring.
     input_gate: bool = False
+    # Put the given cells (mask 0) of the masked video into every x0 prediction; the official networks do not.
+    keep_known: bool = False
     # Static map [H/2][W/2] of the tokens that touch the dilated mouth mask; None computes all.
     active_tokens: tuple[tuple[bool, ...], ...] | None = None
 
@@ -83,7 +85,7 @@ FLAVOURS: dict[str, DiTConfig] = {
     ),
     "pocket": DiTConfig(
         dim=320, ffn_dim=1280, num_heads=5, num_layers=8, latent_channels=48, text_dim=0, audio_dim=256,
-        audio_hidden=192, audio_blocks=(0, 7), prediction="reference_residual", input_gate=True,
+        audio_hidden=192, audio_blocks=(0, 7), prediction="reference_residual", input_gate=True, keep_known=True,
         active_tokens=((False,) * 5, *((True,) * 5 for _ in range(4))),
     ),
     "1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, audio_blocks=(2, 15)),

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lipstream.checkpoints.networks import save_codec, save_dit
 from lipstream.models.codec import FLAVOURS as CODECS
-from lipstream.models.codec import PocketCodec, save_codec
+from lipstream.models.codec import PocketCodec
 from lipstream.models.dit import FLAVOURS, DiT
-from lipstream.mouth import save_dit
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 Loss: squared error of the x0 prediction at t drawn per chunk from the student's own times {0.999, 0.769, 0}. A training
 window is what the rolling cache shows at inference (spec 2.1): the sink, the previous chunk and the current chunk at
 rotary positions 0..6, or the first chunk alone, or the first two. The reference sequence is another time of the same
-clip, never the target, so the only thing that can tell the mouth is the speech.
+clip, never the target, and all latents are pose-free (nothing of the target's face is shown), so the only thing that
+can tell the mouth is the speech.
 
     python -m lipstream.training.forcing RUN --samples DIR... --codec codec.safetensors --speech speech.safetensors
 """
@@ -26,9 +27,10 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lipstream.checkpoints.networks import load_codec
 from lipstream.diffusion.schedule import STUDENT_TIMES, add_noise
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
-from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec, load_codec
+from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.dit import FLAVOURS, Conditions, DiT
 from lipstream.training.codec import LEFT_OUT, Sampler
 from lipstream.training.loop import Loop, LoopConfig
@@ -49,6 +51,7 @@ class ForcingConfig:
         time_odds: odds of the three student times for the current chunk.
         drop_audio: share of windows without speech (the null branch of guidance).
         shape_weight, gap_weight: weights of the shape field's and of the lip gap's error beside the texture's.
+        averaged_odds: share of windows whose reference sequence is averaged over time.
         versions: appearance (and speech) variants kept of every clip.
     """
 
@@ -58,6 +61,7 @@ class ForcingConfig:
     shape_weight: float = 2.0
     gap_weight: float = 1.0
     versions: int = 2
+    averaged_odds: float = 0.6
     solo_odds: float = 0.15
     second_odds: float = 0.1
 
@@ -169,8 +173,8 @@ class ForcingLoss:
         rows = [self.windows.draw(kind) for _ in range(self.config.batch)]
         frames, visible = window_layout(kind)
         n = len(frames)
-        target = torch.stack([r[0][:n] for r in rows]).transpose(1, 2)
-        reference = torch.stack([r[1][:n] for r in rows]).transpose(1, 2)
+        target = self._pose_free(torch.stack([r[0] for r in rows]))[:, :, :n]
+        reference = self._references(torch.stack([r[1] for r in rows]))[:, :, :n]
         speech = torch.stack([r[2][:n] for r in rows])
         silent = torch.from_numpy(generator.random(len(rows)) < self.config.drop_audio)
         speech[silent] = 0
@@ -181,13 +185,27 @@ class ForcingLoss:
             conditions = Conditions(
                 reference=reference[:, :, :1],
                 mask=self.mask,
-                masked_video=target * (1 - self.mask),
+                masked_video=torch.zeros_like(target),
                 ref_sequence=reference,
                 audio=audio,
             )
             x = add_noise(target, torch.randn_like(target), t)
             x0 = self.model(x, t, conditions, frame_mask=visible)
         return self._loss(x0.float(), target, reference, t, kind)
+
+    def _pose_free(self, z: Tensor) -> Tensor:
+        """[B, T, K, g, g] -> pose-free [B, K, T, g, g]."""
+        batch = z.shape[0]
+        return rearrange(self.codec.pose_free(z.flatten(0, 1)), "(b t) k h w -> b k t h w", b=batch)
+
+    def _references(self, z: Tensor) -> Tensor:
+        """Reference sequences [B, T, K, g, g] -> pose-free [B, K, T, g, g], most of them averaged over time.
+
+        At inference the reference sequence is the source's running average (see ``lipstream.mouth``).
+        """
+        moving = self._pose_free(z)
+        still = torch.from_numpy(self.windows.rng.random(len(moving)) < self.config.averaged_odds)
+        return torch.where(still[:, None, None, None, None], moving.mean(2, keepdim=True), moving)
 
     def _times(self, kind: int, batch: int) -> Tensor:
         odds = torch.tensor(self.config.time_odds)

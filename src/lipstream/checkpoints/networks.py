@@ -1,0 +1,44 @@
+"""The pocket flavour's networks on disk: which configuration goes with which file.
+
+codec = load_codec(folder / "codec.safetensors")
+dit, guidance = load_dit(folder / "dit.safetensors")
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lipstream.checkpoints.files import load_module, read_config, save_module
+from lipstream.models.codec import CodecConfig, PocketCodec
+from lipstream.models.dit import DiT, DiTConfig
+
+
+def load_codec(path: Path) -> PocketCodec:
+    """A codec with its fitted codes and trained painter."""
+    stored = read_config(path)
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    codec = PocketCodec(CodecConfig(**fields))
+    load_module(codec, path)
+    return codec
+
+
+def save_codec(codec: PocketCodec, path: Path) -> None:
+    """Inverse of :func:`load_codec`."""
+    save_module(codec, asdict(codec.config), path)
+
+
+def save_dit(model: DiT, guidance: float, path: Path) -> None:
+    """Write a DiT and the audio guidance scale that it was tuned with."""
+    config: dict[str, Any] = {**model.config.to_dict(), "guidance": guidance}
+    save_module(model, config, path)
+
+
+def load_dit(path: Path) -> tuple[DiT, float]:
+    """Inverse of :func:`save_dit`: the network and its guidance scale."""
+    config = read_config(path)
+    guidance = float(config.pop("guidance", 1.0))
+    model = DiT(DiTConfig.from_dict(config))
+    load_module(model, path)
+    return model, guidance
