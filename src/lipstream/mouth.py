@@ -26,6 +26,9 @@ from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.dit import Conditions, DiT
 
 OFFSET_RATE = 0.04  # per pixel frame: a time constant of one second
+CLOSED_GAP_PX = 13.0  # the canvas' rest mouth is that much more open than a closed one (crop px)
+LIPS_PART_PX = 4.0  # from here on the inside is fully visible
+SHOWS_INSIDE_PX = 4.0  # a source mouth this open is worth remembering
 REFERENCE_RATE = 0.12  # of the running mean per latent frame (0.16 s): a time constant of 1.3 s
 
 
@@ -78,6 +81,12 @@ class MouthModel:
         return cls(dit, codec, load_speech_encoder(folder / "speech.safetensors"), guidance, dtype)
 
 
+def lip_gap(fields: Tensor) -> Tensor:
+    """How far the inner lips are apart beyond a closed mouth, crop px: [F, 20, 20, 2] -> [F]; about 0 when closed."""
+    middle = fields[:, :, 9:11, 1].mean(-1)  # canvas columns 76 and 84
+    return middle[:, 9:11].mean(-1) - middle[:, 6:8].mean(-1) + CLOSED_GAP_PX
+
+
 class Take:
     """State of one face's uninterrupted stretch of video; see the module docstring.
 
@@ -92,6 +101,9 @@ class Take:
         self._rollout = Rollout(model.dit, batch=1, height=grid, width=grid, seed=seed, guidance=model.guidance)
         self._mask = model.codec.mouth_mask()
         self._reference: Tensor | None = None
+        self._widest = 0.0  # crop px
+        self._open_texture: Tensor | None = None  # [3, h, w] the source's paint box when its mouth was widest open
+        self._shown_texture: Tensor | None = None
         self._offset: Tensor | None = None  # [20, 20, 2] constant part of generated minus resting shape
         self._outline = torch.from_numpy(outline_weight())[..., None]
         self._average: Tensor | None = None  # [1, K, grid, grid] running mean of the source's latents
@@ -135,7 +147,8 @@ class Take:
         x0, resting_z = (torch.where(self._mask > 0, free + posed, z) for free in (generated, neutral))
         decoded = self._codec.decode(x0, z, textures)
         shapes = self._keep_outline(decoded.fields[0], self._fields(resting_z), fields[0])
-        return self._mouths(shapes, decoded.paint[0], decoded.gate[0])
+        paint, gate = self._inside(shapes, fields[0], textures[0], decoded.paint[0], decoded.gate[0])
+        return self._mouths(shapes, paint, gate)
 
     def _neutral(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The source's resting face and its pose, z [1, K, T, g, g] -> both of that shape.
@@ -179,6 +192,37 @@ class Take:
             shape[..., 0] -= lips[..., 0] * sideways
             kept.append(shape)
         return torch.stack(kept)
+
+    def _inside(
+        self, shapes: Tensor, source: Tensor, textures: Tensor, paint: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Show this person's own teeth where the mouth opens: the inside of the widest-open mouth seen so far.
+
+        A model that is unsure predicts the mean of open and closed, which is the colour of lips. What the source has
+        shown of its mouth is real, so where the generated lips part it takes over from the painter (paint [F, 3, h, w]
+        and gate [F, h, w] of the paint box). Before the source opened its mouth, the painter has its way. Causal,
+        frame by frame.
+        """
+        top, bottom, left, right = self.model.codec.config.paint_box_px
+        window = self._codec.inside_window(gate)
+        paints, gates = [], []
+        for i, opening in enumerate(lip_gap(source).tolist()):
+            texture = textures[i, :, top:bottom, left:right]
+            if opening > SHOWS_INSIDE_PX and opening > self._widest:
+                self._widest = opening
+                self._open_texture = texture
+            if self._open_texture is not None:
+                # A new widest mouth fades in, or the teeth would jump.
+                shown = self._shown_texture if self._shown_texture is not None else self._open_texture
+                self._shown_texture = shown + 0.2 * (self._open_texture - shown)
+            share = (lip_gap(shapes[i : i + 1]) / LIPS_PART_PX).clamp(0, 1)
+            share = share * share * (3 - 2 * share)
+            if self._shown_texture is None:
+                share = torch.zeros_like(share)
+            own = self._shown_texture if self._shown_texture is not None else texture
+            paints.append(torch.lerp(paint[i].float(), own, share))
+            gates.append(torch.maximum(gate[i].float(), share * window))
+        return torch.stack(paints), torch.stack(gates)
 
     def commit(self) -> None:
         """Pay the clean pass now (between chunks) instead of at the start of the next step."""

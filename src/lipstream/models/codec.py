@@ -165,7 +165,8 @@ class PoseCode(nn.Module):
         self.known.copy_(vectors.flip(1)[:, : self.known.shape[1]])
         self.hidden.copy_(torch.linalg.lstsq(centred @ self.known, wanted).solution)
         left = (wanted - self(centred)).square().sum()
-        return 1 - left / wanted.square().sum()
+        share: Tensor = 1 - left / wanted.square().sum()
+        return share
 
 
 class ResidualBlock(nn.Module):
@@ -364,7 +365,7 @@ class PocketCodec(StreamingModule[CodecState]):
         cells = torch.cat([z, previous, source_z], 1)[:, :, top:bottom, left:right]
         coded = self.decode_texture(z).flatten(0, 1)
         paint, gate = self.painter(cells, coded, source.flatten(0, 1))
-        gate = gate * self._window(gate)
+        gate = gate * self.inside_window(gate)
         n = z.shape[0]
         return rearrange(paint, "(n f) c h w -> n f c h w", n=n), rearrange(gate, "(n f) h w -> n f h w", n=n)
 
@@ -389,7 +390,7 @@ class PocketCodec(StreamingModule[CodecState]):
         fields, paint, gate = (_ungrouped(rearrange(q, "(b t) ... -> b t ...", b=batch), first) for q in parts)
         return Decoded(fields, paint.clamp(0, 1), gate)
 
-    def _window(self, like: Tensor) -> Tensor:
+    def inside_window(self, like: Tensor) -> Tensor:
         """[h, w] factor that keeps the gate to the inside of the mouth; lips and skin are always the source's own."""
         top, bottom, left, right = self.config.paint_box_px
         y = torch.arange(top, bottom, device=like.device, dtype=like.dtype) + 0.5
