@@ -22,7 +22,7 @@ from lipstream.diffusion.rollout import Rollout
 from lipstream.faces.canvas import CANVAS_PX, FaceCanvas, Float, outline_weight
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
-from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
+from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec, inner_lip_distance
 from lipstream.models.dit import Conditions, DiT
 
 OFFSET_RATE = 0.04  # per pixel frame: a time constant of one second
@@ -83,8 +83,7 @@ class MouthModel:
 
 def lip_gap(fields: Tensor) -> Tensor:
     """How far the inner lips are apart beyond a closed mouth, crop px: [F, 20, 20, 2] -> [F]; about 0 when closed."""
-    middle = fields[:, :, 9:11, 1].mean(-1)  # canvas columns 76 and 84
-    return middle[:, 9:11].mean(-1) - middle[:, 6:8].mean(-1) + CLOSED_GAP_PX
+    return inner_lip_distance(fields) + CLOSED_GAP_PX
 
 
 class Take:
@@ -99,6 +98,7 @@ class Take:
         grid = model.codec.config.grid
         self._codec = model.codec.stream_view(1)
         self._rollout = Rollout(model.dit, batch=1, height=grid, width=grid, seed=seed, guidance=model.guidance)
+        self._audio_pack = model.dit.audio_proj.stream_view(1)
         self._mask = model.codec.mouth_mask()
         self._reference: Tensor | None = None
         self._widest = 0.0  # crop px
@@ -141,7 +141,7 @@ class Take:
             mask=self._mask.to(dtype),
             masked_video=torch.zeros_like(neutral, dtype=dtype),
             ref_sequence=neutral.to(dtype),
-            audio=self._pack(speech.to(dtype)[None], first=self._rollout.chunk == 0),
+            audio=self._audio_pack(speech.to(dtype)[None]),
         )
         generated = self._rollout.step(conditions).float()
         x0, resting_z = (torch.where(self._mask > 0, free + posed, z) for free in (generated, neutral))
@@ -160,10 +160,10 @@ class Take:
         codec = self._codec
         neutral, posed = [], []
         for frame in z.unbind(2):
-            free = codec.pose_free(frame)
+            free, pose = codec.split_pose(frame)
             self._average = free if self._average is None else self._average + REFERENCE_RATE * (free - self._average)
             neutral.append(self._average)
-            posed.append(codec.posed(frame))
+            posed.append(pose)
         return torch.stack(neutral, 2), torch.stack(posed, 2)
 
     def _fields(self, z: Tensor) -> Tensor:
@@ -228,12 +228,6 @@ class Take:
         """Pay the clean pass now (between chunks) instead of at the start of the next step."""
         with torch.inference_mode():
             self._rollout.commit()
-
-    def _pack(self, speech: Tensor, first: bool) -> Tensor:
-        pack = self.model.dit.audio_proj
-        rows = torch.cat([speech[:, :1].expand(-1, 3, -1), speech], 1) if first else speech
-        packed: Tensor = pack.norm_out(pack.proj(rearrange(rows, "b (t r) d -> b t (r d)", r=4)))
-        return packed
 
     def _mouths(self, fields: Tensor, paint: Tensor, gate: Tensor) -> list[Mouth]:
         top, bottom, left, right = self.model.codec.config.paint_box_px

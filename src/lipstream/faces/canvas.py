@@ -33,7 +33,7 @@ FIELD_STEP_PX = 8  # canvas px between two samples of the shape field
 FIELD = CANVAS_PX // FIELD_STEP_PX  # the field is FIELD x FIELD x 2
 DENSE_STEP_PX = 4
 DENSE = CANVAS_PX // DENSE_STEP_PX
-KNOWN_ROWS_PX = 48  # rows above: nose and cheeks, given to the model; below: the mouth mask, regenerated
+KNOWN_ROWS_PX = 48  # rows above: nose and cheeks, which tell the pose; below: the mouth mask, regenerated
 
 
 @dataclass(frozen=True)

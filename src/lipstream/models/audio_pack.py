@@ -48,6 +48,9 @@ class AudioPack(StreamingModule[AudioPackState]):
         if not state.started:
             features = torch.cat((features[:, :1].expand(-1, 3, -1), features), dim=1)
             state.started = True
-        packed = rearrange(features, "b (t r) d -> b t (r d)", r=AUDIO_ROWS_PER_LATENT_FRAME)
-        out: Tensor = self.norm_out(self.proj(packed))
+        return self.join(rearrange(features, "b (t r) d -> b t r d", r=AUDIO_ROWS_PER_LATENT_FRAME))
+
+    def join(self, groups: Tensor) -> Tensor:
+        """Rows already grouped by latent frame [B, T, 4, audio_dim] -> [B, T, hidden]; no state."""
+        out: Tensor = self.norm_out(self.proj(rearrange(groups, "b t r d -> b t (r d)")))
         return out

@@ -268,9 +268,14 @@ class PocketCodec(StreamingModule[CodecState]):
         The known rows themselves must not be shown to it. Landmarks of nose and cheeks move with the lips (eight
         components of them predict the lip gap with r = .96), and a model that may read the answer does not listen.
         """
-        free = z - self.posed(z)
+        return self.split_pose(z)[0]
+
+    def split_pose(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z as (:meth:`pose_free`, :meth:`posed`); their sum is z in the hidden rows."""
+        posed = self.posed(z)
+        free = z - posed
         free[:, :, : self.config.known_rows] = 0
-        return free
+        return free, posed
 
     # ------------------------------------------------------------------ encode
 
@@ -399,6 +404,12 @@ class PocketCodec(StreamingModule[CodecState]):
         distance = (((x - cx) / rx).square()[None] + ((y - cy) / ry).square()[:, None]).sqrt()
         u = ((1.3 - distance) / 0.3).clamp(0, 1)
         return u * u * (3 - 2 * u)
+
+
+def inner_lip_distance(fields: Tensor) -> Tensor:
+    """Vertical distance of the inner lips beyond the canvas' open rest mouth, crop px: [..., 20, 20, 2] -> [...]."""
+    middle = fields[..., 9:11, 1].mean(-1)  # canvas columns 76 and 84
+    return middle[..., 9:11].mean(-1) - middle[..., 6:8].mean(-1)  # canvas rows 80 and 56
 
 
 def _grouped(frames: Tensor, first: bool) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from lipstream.checkpoints.networks import load_codec
 from lipstream.diffusion.schedule import STUDENT_TIMES, add_noise
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
-from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
+from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec, inner_lip_distance
 from lipstream.models.dit import FLAVOURS, Conditions, DiT
 from lipstream.training.codec import LEFT_OUT, Sampler
 from lipstream.training.loop import Loop, LoopConfig
@@ -180,8 +180,7 @@ class ForcingLoss:
         speech[silent] = 0
         t = self._times(kind, len(rows))
         with torch.autocast("cpu", torch.bfloat16):
-            pack = self.model.audio_proj
-            audio = pack.norm_out(pack.proj(rearrange(speech, "b t r d -> b t (r d)")))
+            audio = self.model.audio_proj.join(speech)
             conditions = Conditions(
                 reference=reference[:, :, :1],
                 mask=self.mask,
@@ -220,9 +219,7 @@ class ForcingLoss:
         """Inner lip distance of each frame, crop px: z [B, K, T, g, g] -> [B, T, 4]."""
         batch = z.shape[0]
         fields = self.codec.decode_fields(rearrange(z, "b k t h w -> (b t) k h w"))
-        middle = fields[:, :, :, 9:11, 1].mean(-1)  # canvas columns 76 and 84
-        upper, lower = middle[:, :, 6:8].mean(-1), middle[:, :, 9:11].mean(-1)  # canvas rows 56 and 80
-        return rearrange(lower - upper, "(b t) f -> b t f", b=batch)
+        return rearrange(inner_lip_distance(fields), "(b t) f -> b t f", b=batch)
 
     def _loss(
         self, x0: Tensor, target: Tensor, reference: Tensor, t: Tensor, kind: int
