@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lipstream.checkpoints.networks import load_codec, load_dit
 from lipstream.diffusion.rollout import Rollout
+from lipstream.inside import LipRuler, MouthInside
 from lipstream.faces.canvas import CANVAS_PX, FaceCanvas, Float, outline_weight
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
@@ -71,6 +72,7 @@ class MouthModel:
         self.speech = speech.eval().requires_grad_(False)
         self.guidance = guidance
         self.canvas = FaceCanvas()
+        self.ruler = LipRuler(self.canvas)
         self.dtype = dtype
 
     @classmethod
@@ -100,10 +102,9 @@ class Take:
         self._rollout = Rollout(model.dit, batch=1, height=grid, width=grid, seed=seed, guidance=model.guidance)
         self._audio_pack = model.dit.audio_proj.stream_view(1)
         self._mask = model.codec.mouth_mask()
-        self._reference: Tensor | None = None
-        self._widest = 0.0  # crop px
-        self._open_texture: Tensor | None = None  # [3, h, w] the source's paint box when its mouth was widest open
-        self._shown_texture: Tensor | None = None
+        self._shut: tuple[float, Tensor] | None = None  # opening (crop px) and pose-free latent [1, K, g, g]
+        self._wide: tuple[float, Tensor] | None = None
+        self._memory = MouthInside(model.ruler)
         self._offset: Tensor | None = None  # [20, 20, 2] constant part of generated minus resting shape
         self._outline = torch.from_numpy(outline_weight())[..., None]
         self._average: Tensor | None = None  # [1, K, grid, grid] running mean of the source's latents
@@ -134,12 +135,11 @@ class Take:
         textures = rearrange(textures, "f h w c -> 1 f c h w").float() / 255
         z = self._codec.encode(fields, textures)
         neutral, posed = self._neutral(z)
-        if self._reference is None:
-            self._reference = neutral[:, :, :1].to(dtype)
+        shut, wide = self._extremes(z, fields[0])
         conditions = Conditions(
-            reference=self._reference,
+            reference=shut.to(dtype),
             mask=self._mask.to(dtype),
-            masked_video=torch.zeros_like(neutral, dtype=dtype),
+            masked_video=wide.to(dtype).expand_as(neutral),
             ref_sequence=neutral.to(dtype),
             audio=self._audio_pack(speech.to(dtype)[None]),
         )
@@ -165,6 +165,22 @@ class Take:
             neutral.append(self._average)
             posed.append(pose)
         return torch.stack(neutral, 2), torch.stack(posed, 2)
+
+    def _extremes(self, z: Tensor, fields: Tensor) -> tuple[Tensor, Tensor]:
+        """The most closed and the widest mouth that the source has shown so far, pose-free [1, K, 1, g, g].
+
+        They tell the model how this person's closed lips measure, and how far this mouth opens.
+        """
+        opening = self.model.ruler.opening(fields)
+        groups = opening if self._rollout.chunk else torch.cat([opening[:1].expand(FRAMES_PER_LATENT - 1), opening])
+        for frame, value in zip(z.unbind(2), groups.unflatten(0, (-1, FRAMES_PER_LATENT)).mean(1).tolist(), strict=True):
+            free = self._codec.pose_free(frame)
+            if self._shut is None or value < self._shut[0]:
+                self._shut = value, free
+            if self._wide is None or value > self._wide[0]:
+                self._wide = value, free
+        assert self._shut is not None and self._wide is not None
+        return self._shut[1][:, :, None], self._wide[1][:, :, None]
 
     def _fields(self, z: Tensor) -> Tensor:
         """Shape fields [F, 20, 20, 2] of the latents of the chunk just decoded."""
@@ -206,22 +222,11 @@ class Take:
         top, bottom, left, right = self.model.codec.config.paint_box_px
         window = self._codec.inside_window(gate)
         paints, gates = [], []
-        for i, opening in enumerate(lip_gap(source).tolist()):
-            texture = textures[i, :, top:bottom, left:right]
-            if opening > SHOWS_INSIDE_PX and opening > self._widest:
-                self._widest = opening
-                self._open_texture = texture
-            if self._open_texture is not None:
-                # A new widest mouth fades in, or the teeth would jump.
-                shown = self._shown_texture if self._shown_texture is not None else self._open_texture
-                self._shown_texture = shown + 0.2 * (self._open_texture - shown)
-            share = (lip_gap(shapes[i : i + 1]) / LIPS_PART_PX).clamp(0, 1)
-            share = share * share * (3 - 2 * share)
-            if self._shown_texture is None:
-                share = torch.zeros_like(share)
-            own = self._shown_texture if self._shown_texture is not None else texture
-            paints.append(torch.lerp(paint[i].float(), own, share))
-            gates.append(torch.maximum(gate[i].float(), share * window))
+        for i, shape in enumerate(shapes):
+            self._memory.see(source[i], textures[i, :, top:bottom, left:right])
+            own, share = self._memory.show(shape)
+            paints.append(paint[i].float() if own is None else own)
+            gates.append(share * window if own is not None else gate[i].float())
         return torch.stack(paints), torch.stack(gates)
 
     def commit(self) -> None:

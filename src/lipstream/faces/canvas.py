@@ -36,6 +36,11 @@ DENSE = CANVAS_PX // DENSE_STEP_PX
 KNOWN_ROWS_PX = 48  # rows above: nose and cheeks, which tell the pose; below: the mouth mask, regenerated
 
 
+# MediaPipe mesh: upper and lower inner lip at three places, and the inner corners of the mouth.
+INNER_LIP_PAIRS = ((13, 14), (82, 87), (312, 317))
+INNER_LIP_CORNERS = (78, 308)
+
+
 @dataclass(frozen=True)
 class Alignment:
     """Similarity from source px to crop px: ``crop = matrix @ (x, y, 1)``.
@@ -119,6 +124,7 @@ class FaceCanvas:
         to_dense = _thin_plate(points, _grid(DENSE_STEP_PX), smoothing)
         n = len(self.ids)
         to_landmarks = np.linalg.solve(to_field.T @ to_field + ridge * np.eye(n), to_field.T)
+        self._to_landmarks: Float = to_landmarks.astype(np.float32)
         self._landmarks_to_field: Float = to_field.astype(np.float32)
         self._field_to_dense: Float = (to_dense @ to_landmarks).astype(np.float32)
         rest = (to_dense @ self._rest_points).astype(np.float32).reshape(DENSE, DENSE, 2)
@@ -150,6 +156,24 @@ class FaceCanvas:
     def coarse_operator(self) -> tuple[Float, Float]:
         """(operator [DENSE^2, FIELD^2], rest [DENSE, DENSE, 2]): a field's map every 4 px, for losses."""
         return self._field_to_dense, self._rest_coarse
+
+    def lip_rulers(self) -> tuple[tuple[Float, float], tuple[Float, float]]:
+        """Opening and width of the inner lips as linear functions of a shape field.
+
+        Returns:
+            (weights [FIELD^2] over the field's y, constant) of the mean distance of ``INNER_LIP_PAIRS``, and the same
+            over the field's x of the distance of ``INNER_LIP_CORNERS``; crop px.
+        """
+        place = {int(landmark): i for i, landmark in enumerate(self.ids)}
+
+        def ruler(pairs: tuple[tuple[int, int], ...], axis: int) -> tuple[Float, float]:
+            weight = np.zeros(len(self.ids), np.float32)
+            for low, high in pairs:
+                weight[place[high]] += 1 / len(pairs)
+                weight[place[low]] -= 1 / len(pairs)
+            return np.asarray(weight @ self._to_landmarks, np.float32), float(weight @ self._rest_points[:, axis])
+
+        return ruler(INNER_LIP_PAIRS, 1), ruler((INNER_LIP_CORNERS,), 0)
 
     # ---------------------------------------------------------------- texture
 

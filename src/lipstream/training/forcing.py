@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +25,13 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lipstream.checkpoints.networks import load_codec
+from lipstream.checkpoints.networks import load_codec, load_dit
 from lipstream.diffusion.schedule import STUDENT_TIMES, add_noise
+from lipstream.faces.canvas import FaceCanvas
+from lipstream.inside import LipRuler
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
 from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec, inner_lip_distance
 from lipstream.models.dit import FLAVOURS, Conditions, DiT
@@ -53,6 +56,8 @@ class ForcingConfig:
         shape_weight, gap_weight: weights of the shape field's and of the lip gap's error beside the texture's.
         averaged_odds: share of windows whose reference sequence is averaged over time.
         versions: appearance (and speech) variants kept of every clip.
+        speech_dropout: share of the speech features that are blanked, each by itself. One man's voice is most of the
+            real speech; without it the lips of people who were not trained on follow their own speech less.
     """
 
     batch: int = 16
@@ -62,6 +67,7 @@ class ForcingConfig:
     gap_weight: float = 1.0
     versions: int = 2
     averaged_odds: float = 0.6
+    speech_dropout: float = 0.25
     solo_odds: float = 0.15
     second_odds: float = 0.1
 
@@ -73,16 +79,20 @@ class Coded(NamedTuple):
         moving: [F - 3, K, g, g] float16, row t codes frames t .. t + 3.
         still: [F, K, g, g] float16, row t codes frame t four times.
         speech: [variants, F, D] float16 feature rows.
+        opening: [F - 3] mean lip opening of the frames of each row of ``moving``, crop px.
     """
 
     moving: Tensor
     still: Tensor
     speech: Tensor
+    opening: Tensor
     clip: Clip
 
 
 @torch.no_grad()
-def code_clip(codec: PocketCodec, sampler: Sampler, clip: Clip, speech: Tensor, plain: bool) -> Coded:
+def code_clip(
+    codec: PocketCodec, sampler: Sampler, clip: Clip, speech: Tensor, plain: bool, ruler: LipRuler
+) -> Coded:
     """Latents of every frame offset of one clip under one appearance augmentation."""
     table, mirror = sampler.augmentation()
     if plain:
@@ -93,7 +103,24 @@ def code_clip(codec: PocketCodec, sampler: Sampler, clip: Clip, speech: Tensor, 
     if mirror:
         fields, textures = fields.flip(2) * torch.tensor([-1.0, 1.0]), textures.flip(-1)
     moving, still = (z.half() for z in codec.encode_sliding(fields, textures))
-    return Coded(moving, still, speech, clip)
+    opening = ruler.opening(fields).unfold(0, FRAMES_PER_LATENT, 1).mean(1)
+    return Coded(moving, still, speech, opening, clip)
+
+
+class Window(NamedTuple):
+    """One training window; latents not yet pose-free.
+
+    Attributes:
+        target: [7, K, g, g]. speech: [7, 4, D].
+        reference: [7, K, g, g] the same clip at another time.
+        shut, wide: [K, g, g] the most closed and the widest of some latents of that other time.
+    """
+
+    target: Tensor
+    speech: Tensor
+    reference: Tensor
+    shut: Tensor
+    wide: Tensor
 
 
 class Windows:
@@ -109,8 +136,8 @@ class Windows:
         solo, second = self.config.solo_odds, self.config.second_odds
         return int(self.rng.choice(3, p=[solo, second, 1 - solo - second]))
 
-    def draw(self, kind: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(target [7, K, g, g], reference sequence [7, K, g, g], speech [7, 4, D]) of a window."""
+    def draw(self, kind: int) -> Window:
+        """A random window of a random clip."""
         rng, size = self.rng, FRAMES_PER_LATENT
         item = self.coded[int(rng.choice(len(self.coded), p=self.weights))]
         frames = len(item.clip)
@@ -128,7 +155,12 @@ class Windows:
 
         target, audio = rows(start if kind < 2 else sink, start)
         reference, _ = rows(other, other)
-        return target, reference, audio
+        # What a take has seen so far: between one latent and a whole other window.
+        seen = other + rng.integers(0, span - size + 1, int(rng.integers(1, STEADY + 1)))
+        seen = np.minimum(seen, len(item.opening) - 1)
+        order = seen[np.argsort(item.opening[seen].numpy())]
+        shut, wide = (item.moving[int(order[end])].float() for end in (0, -1))
+        return Window(target, audio, reference, shut, wide)
 
     def _elsewhere(self, start: int, frames: int, span: int) -> int:
         """A start whose segment is not the target's."""
@@ -173,18 +205,20 @@ class ForcingLoss:
         rows = [self.windows.draw(kind) for _ in range(self.config.batch)]
         frames, visible = window_layout(kind)
         n = len(frames)
-        target = self._pose_free(torch.stack([r[0] for r in rows]))[:, :, :n]
-        reference = self._references(torch.stack([r[1] for r in rows]))[:, :, :n]
-        speech = torch.stack([r[2][:n] for r in rows])
+        target = self._pose_free(torch.stack([r.target for r in rows]))[:, :, :n]
+        reference = self._references(torch.stack([r.reference for r in rows]))[:, :, :n]
+        shut, wide = (self._pose_free(torch.stack(q)[:, None]) for q in zip(*((r.shut, r.wide) for r in rows), strict=True))
+        speech = torch.stack([r.speech[:n] for r in rows])
         silent = torch.from_numpy(generator.random(len(rows)) < self.config.drop_audio)
+        speech = F.dropout(speech, self.config.speech_dropout)
         speech[silent] = 0
         t = self._times(kind, len(rows))
         with torch.autocast("cpu", torch.bfloat16):
             audio = self.model.audio_proj.join(speech)
             conditions = Conditions(
-                reference=reference[:, :, :1],
+                reference=shut,
                 mask=self.mask,
-                masked_video=torch.zeros_like(target),
+                masked_video=wide.expand_as(target),
                 ref_sequence=reference,
                 audio=audio,
             )
@@ -241,6 +275,58 @@ class ForcingLoss:
                 "gap": gap[noisy].mean().sqrt().item() * 3,
             }
         return loss, metrics
+
+
+class Listening:
+    """How far the lips of clips that were never trained on follow their speech: correlation of the lip gap, by speaker.
+
+    One prediction from noise per chunk, behind the clip's own past (so it is an upper bound of what a rollout gives);
+    the reference sequence is the mean of the clip's other half.
+    """
+
+    def __init__(self, loss: ForcingLoss, coded: Sequence[Coded]) -> None:
+        self.loss, self.coded = loss, coded
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        found: dict[str, list[float]] = {}
+        for item in self.coded:
+            got, wanted = self._gaps(model, item)
+            r = np.corrcoef(got.numpy(), wanted.numpy())[0, 1]
+            found.setdefault(item.clip.speaker, []).append(float(r))
+        return {f"r_{speaker}": round(float(np.mean(values)), 4) for speaker, values in found.items()}
+
+    def _gaps(self, model: nn.Module, item: Coded) -> tuple[Tensor, Tensor]:
+        """Lip gap [frames] of the predictions and of the clip."""
+        size, codec = FRAMES_PER_LATENT, self.loss.codec
+        chunk_frames = CHUNK * size
+        starts = torch.arange(chunk_frames, len(item.clip) - chunk_frames, chunk_frames)
+        moving = starts[:, None] - chunk_frames + size * torch.arange(2 * CHUNK)  # previous and current chunk
+        target = torch.cat([item.still[:1].expand(len(starts), -1, -1, -1)[:, None], item.moving[moving]], 1).float()
+        first = item.speech[0, :1].expand(len(starts), size, -1)[:, None]
+        speech = torch.cat([first, item.speech[0][moving[..., None] + torch.arange(size)]], 1).float()
+        half = len(item.moving) // 2
+        halves = [codec.pose_free(h.float()).mean(0) for h in (item.moving[half:], item.moving[:half])]
+        reference = torch.stack([halves[int(s >= half)] for s in starts])[:, :, None].expand(-1, -1, STEADY, -1, -1)
+        seen = item.moving[::FRAMES_PER_LATENT].float()
+        order = item.opening[::FRAMES_PER_LATENT].argsort()
+        shut, wide = (codec.pose_free(seen[order[end]][None])[:, :, None] for end in (0, -1))
+        z = self.loss._pose_free(target)
+        t = torch.zeros(len(starts), STEADY, dtype=torch.float64)
+        t[:, -CHUNK:] = STUDENT_TIMES[0]
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+        assert isinstance(model, DiT)
+        with torch.autocast("cpu", torch.bfloat16):
+            conditions = Conditions(
+                reference=shut.expand(len(z), -1, -1, -1, -1),
+                mask=self.loss.mask,
+                masked_video=wide.expand_as(z),
+                ref_sequence=reference,
+                audio=model.audio_proj.join(speech),
+            )
+            x0 = model(add_noise(z, noise, t), t, conditions, frame_mask=window_layout(2)[1]).float()
+        gaps = (self.loss.lip_gap(q[:, :, -CHUNK:]).flatten() for q in (x0, z))
+        return next(gaps), next(gaps)
 
 
 def shift_pitch(samples: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
@@ -302,8 +388,9 @@ def code_clips(
     weights = [float(w) for w, keep in zip(sampler.weights, long_enough, strict=True) if keep]
     rows = speech_rows(encoder, chosen, np.random.default_rng(2))
     log.info("speech rows of %d clips", len(rows))
+    ruler = LipRuler(FaceCanvas())
     coded = [
-        code_clip(codec, sampler, clip, rows[clip.name], plain=version == 0)
+        code_clip(codec, sampler, clip, rows[clip.name], plain=version == 0, ruler=ruler)
         for version in range(config.versions)
         for clip in chosen
     ]
@@ -319,14 +406,29 @@ def train(
     loop: LoopConfig,
     config: ForcingConfig | None = None,
     flavour: str = "pocket",
+    start_from: Path | None = None,
 ) -> DiT:
-    """Stage 1 on prepared samples; resumes from ``run``. Returns the averaged model."""
+    """Stage 1 on prepared samples; resumes from ``run``, else goes on from a weights file. Returns the averaged model.
+
+    Clips of ``LEFT_OUT`` among the samples are not trained on; every time the run is saved, ``metrics.jsonl`` tells how
+    well their lips follow (:class:`Listening`).
+    """
     config = config or ForcingConfig()
-    coded, weights = code_clips(codec, load_clips(samples, LEFT_OUT), encoder, config)
+    clips = load_clips(samples)
+    held = [c for c in clips if c.name in LEFT_OUT or c.speaker in LEFT_OUT]
+    held_names = {c.name for c in held}
+    coded, weights = code_clips(codec, [c for c in clips if c.name not in held_names], encoder, config)
     model = DiT(FLAVOURS[flavour])
+    if start_from is not None:
+        model.load_state_dict(load_dit(start_from)[0].state_dict())
     trainer = Loop(model, loop, run)
     windows = Windows(coded, weights, config, seed=trainer.step + 10)
-    trained = trainer.run(ForcingLoss(model, codec, windows))
+    loss = ForcingLoss(model, codec, windows)
+    listening = None
+    if held:
+        plain = replace(config, versions=1)
+        listening = Listening(loss, code_clips(codec, held, encoder, plain)[0])
+    trained = trainer.run(loss, listening)
     assert isinstance(trained, DiT)
     return trained
 
@@ -341,6 +443,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--start-from", type=Path, metavar="DIT", help="weights to go on from where RUN is new")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -352,6 +455,7 @@ def main() -> None:
         load_speech_encoder(arguments.speech),
         LoopConfig(steps=arguments.steps, lr=arguments.lr),
         ForcingConfig(batch=arguments.batch),
+        start_from=arguments.start_from,
     )
 
 

@@ -42,6 +42,7 @@ from lipstream.models.audio import (
     SAMPLES_PER_ROW,
     SpeechEncoder,
     SpeechEncoderConfig,
+    load_speech_encoder,
     save_speech_encoder,
 )
 
@@ -329,6 +330,7 @@ class SpeechTraining:
     checkpoint_seconds: float = 120.0
     held_out: tuple[str, ...] = ("flite-awb", "espeak-sv", "espeak-hi", "espeak-fr")
     seed: int = 0
+    start_from: Path | None = None  # an encoder to go on from; its heads are thrown away, so they start afresh
 
 
 class Distiller(nn.Module):
@@ -401,6 +403,8 @@ def train(settings: SpeechTraining, config: SpeechEncoderConfig, stop_at: float 
     logger.info("%d training utterances, %d test utterances", len(training), len(test))
     torch.manual_seed(settings.seed)
     model = Distiller(config, settings.target_dims)
+    if settings.start_from is not None:
+        model.encoder.load_state_dict(load_speech_encoder(settings.start_from).state_dict())
     optimiser = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, (0.9, 0.98), weight_decay=settings.weight_decay
     )

@@ -1,0 +1,94 @@
+"""The inside of a mouth, from memory: what the source has shown of its teeth and tongue, by how far it was open.
+
+A model that is unsure predicts the mean of open and closed, which has the colour of lips. What the source itself has
+shown is real, so every frame whose lips part is remembered (one per degree of opening and of spreading), and where
+generated lips part, the remembered inside nearest in shape is shown between them. Causal, frame by frame: a live
+stream and a file show the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lipstream.faces.canvas import FaceCanvas
+
+PARTED_PX = (0.8, 2.6)  # lip distance (crop px) from which, and up to which, the inside fades in
+WORTH_PX = 1.5  # a source mouth this open is worth remembering
+OPENING_STEPS_PX = (2.5, 4.0, 6.0, 9.0, 13.0)
+SPREAD_STEPS_PX = (-2.5, 2.5)  # mouth width against its running mean
+KEPT_FRAMES = 250  # a memory is replaced by a newer one after so long: light changes
+WIDTH_RATE = 0.02
+FOLLOW = 0.5  # per frame, how fast what is shown moves to the nearest memory
+
+
+class LipRuler:
+    """Opening and width of the inner lips from shape fields, as the landmarks would measure them (crop px)."""
+
+    def __init__(self, canvas: FaceCanvas) -> None:
+        opening, width = canvas.lip_rulers()
+        self._opening, self._opening_rest = torch.from_numpy(opening[0]), opening[1]
+        self._width, self._width_rest = torch.from_numpy(width[0]), width[1]
+
+    def opening(self, fields: Tensor) -> Tensor:
+        """[..., 20, 20, 2] -> [...]; about 0.5 for closed lips."""
+        return fields[..., 1].flatten(-2) @ self._opening + self._opening_rest
+
+    def width(self, fields: Tensor) -> Tensor:
+        """[..., 20, 20, 2] -> [...]."""
+        return fields[..., 0].flatten(-2) @ self._width + self._width_rest
+
+
+@dataclass
+class _Memory:
+    opening: float
+    width: float
+    texture: Tensor  # [3, h, w]
+    frame: int
+
+
+class MouthInside:
+    """What one face has shown of the inside of its mouth; the state of a take."""
+
+    def __init__(self, ruler: LipRuler) -> None:
+        self._ruler = ruler
+        self._memories: dict[tuple[int, int], _Memory] = {}
+        self._width: float | None = None
+        self._frame = 0
+        self._shown: Tensor | None = None
+
+    def see(self, field: Tensor, texture: Tensor) -> None:
+        """Remember a source frame: shape field [20, 20, 2] and the paint box of its texture [3, h, w]."""
+        opening, width = float(self._ruler.opening(field)), float(self._ruler.width(field))
+        self._width = width if self._width is None else self._width + WIDTH_RATE * (width - self._width)
+        self._frame += 1
+        if opening < WORTH_PX:
+            return
+        cell = (
+            sum(opening > step for step in OPENING_STEPS_PX),
+            sum(width - self._width > step for step in SPREAD_STEPS_PX),
+        )
+        known = self._memories.get(cell)
+        if known is None or self._frame - known.frame > KEPT_FRAMES:
+            self._memories[cell] = _Memory(opening, width, texture.clone(), self._frame)
+
+    def show(self, field: Tensor) -> tuple[Tensor | None, float]:
+        """The inside for a generated shape, and how much of it is to be seen (0 closed .. 1).
+
+        None while the source has not shown any.
+        """
+        opening, width = float(self._ruler.opening(field)), float(self._ruler.width(field))
+        u = min(max((opening - PARTED_PX[0]) / (PARTED_PX[1] - PARTED_PX[0]), 0.0), 1.0)
+        share = u * u * (3 - 2 * u)
+        if not self._memories:
+            return None, share
+
+        def distance(memory: _Memory) -> float:
+            stretch = (opening + 1) / (memory.opening + 1)
+            return abs(torch.tensor(stretch).log().item()) + (0.3 if stretch > 1.6 else 0) + abs(width - memory.width) / 12
+
+        nearest = min(self._memories.values(), key=distance).texture
+        self._shown = nearest if self._shown is None else torch.lerp(self._shown, nearest, FOLLOW)
+        return self._shown, share
