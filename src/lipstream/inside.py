@@ -8,6 +8,7 @@ stream and a file show the same.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from lipstream.faces.canvas import FaceCanvas
 
-PARTED_PX = (0.8, 2.6)  # lip distance (crop px) from which, and up to which, the inside fades in
-WORTH_PX = 1.5  # a source mouth this open is worth remembering
+# All distances are crop px beyond the lips at rest: a tracker reads 0.3 on some closed mouths and 4 on others.
+PARTED_PX = (0.5, 2.2)  # from which, and up to which, the inside fades in
+WORTH_PX = 1.2  # a source mouth this open is worth remembering
+HIGHEST_REST_PX = 5.0
 OPENING_STEPS_PX = (2.5, 4.0, 6.0, 9.0, 13.0)
 SPREAD_STEPS_PX = (-2.5, 2.5)  # mouth width against its running mean
 KEPT_FRAMES = 250  # a memory is replaced by a newer one after so long: light changes
 WIDTH_RATE = 0.02
-FOLLOW = 0.5  # per frame, how fast what is shown moves to the nearest memory
+FOLLOW = 1.0  # per frame, how fast what is shown moves to the nearest memory
 
 
 class LipRuler:
@@ -56,6 +59,8 @@ class MouthInside:
         self._ruler = ruler
         self._memories: dict[tuple[int, int], _Memory] = {}
         self._width: float | None = None
+        self._smooth: float | None = None
+        self._rest = HIGHEST_REST_PX
         self._frame = 0
         self._shown: Tensor | None = None
 
@@ -64,6 +69,10 @@ class MouthInside:
         opening, width = float(self._ruler.opening(field)), float(self._ruler.width(field))
         self._width = width if self._width is None else self._width + WIDTH_RATE * (width - self._width)
         self._frame += 1
+        # The lowest of a short mean: one mistracked frame does not move it.
+        self._smooth = opening if self._smooth is None else 0.5 * (self._smooth + opening)
+        self._rest = min(self._rest, self._smooth)
+        opening -= self._rest
         if opening < WORTH_PX:
             return
         cell = (
@@ -79,15 +88,15 @@ class MouthInside:
 
         None while the source has not shown any.
         """
-        opening, width = float(self._ruler.opening(field)), float(self._ruler.width(field))
+        opening, width = float(self._ruler.opening(field)) - self._rest, float(self._ruler.width(field))
         u = min(max((opening - PARTED_PX[0]) / (PARTED_PX[1] - PARTED_PX[0]), 0.0), 1.0)
         share = u * u * (3 - 2 * u)
         if not self._memories:
             return None, share
 
         def distance(memory: _Memory) -> float:
-            stretch = (opening + 1) / (memory.opening + 1)
-            return abs(torch.tensor(stretch).log().item()) + (0.3 if stretch > 1.6 else 0) + abs(width - memory.width) / 12
+            stretch = math.log((max(opening, 0) + 1) / (memory.opening + 1))
+            return abs(stretch) + (0.3 if stretch > 0.5 else 0) + abs(width - memory.width) / 12
 
         nearest = min(self._memories.values(), key=distance).texture
         self._shown = nearest if self._shown is None else torch.lerp(self._shown, nearest, FOLLOW)
