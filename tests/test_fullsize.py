@@ -51,7 +51,7 @@ class LinearCodec(StreamingModule[LinearState]):
     def encode(self, video: Tensor) -> Tensor:
         state = self.state_or_fresh(len(video))
         assert video.min() >= self.pixel_range[0] and video.max() <= self.pixel_range[1]
-        cells = video.unflatten(3, (CELLS, 8)).unflatten(5, (CELLS, 8)).mean((4, 6))
+        cells = video.unflatten(3, (-1, 8)).unflatten(5, (-1, 8)).mean((4, 6))
         latents, at = [], 0
         while at < cells.shape[2]:
             step = 1 if state.encoded is None else 4
