@@ -10,8 +10,8 @@ per latent frame, P = size x size pixels of the crop:
     activations  = b x max(20 x 3 S D, encoder's or decoder's numbers per pixel x P)      the stages take turns
 
 The numbers per pixel, and the 20 token tensors, are counts of live tensors, taken by running the networks on the meta
-device in chunks of 12 frames (tests/test_memory.py counts again); kernels' own workspace comes on top, for which
-`check_memory` keeps a margin.
+device in chunks of 12 frames (tests/test_memory.py counts parameters, caches and states again, not the peaks). Kernels'
+own workspace comes on top, for which `check_memory` keeps a margin. No figure here was measured on a GPU.
 
     need = memory_need(MemoryRequest(config=FLAVOURS["14b"], dtype=torch.bfloat16))
     check_memory(need, available_bytes)          # ValueError: what is needed, what is there, what would help

@@ -8,7 +8,7 @@ the frames that are finished. Memory is bounded by one chunk (0.48 s) of frames.
 frame is for its subclasses to say (:class:`Session` for the canvas, `fullsize_session.CropSession` for 512 px crops).
 
 Time: model frame i stands at i / 25 s from the first source frame and hears that instant of the speech. A source frame
-between two model frames gets the mean of their mouths' shapes, weighted by time.
+between two model frames gets the mean of their mouths' shapes, weighted by time (canvas), or the nearest one (crops).
 """
 
 from __future__ import annotations
