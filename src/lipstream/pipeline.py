@@ -27,8 +27,8 @@ from lipstream.media.reader import VideoReader
 from lipstream.media.speech import SpeechReader, count_speech_samples
 from lipstream.media.timeline import SLACK, SPEECH_RATE, TAIL
 from lipstream.media.writer import VideoWriter
-from lipstream.mouth import MouthModel
-from lipstream.session import Observed, Observer, Session, SpeechRows, SyncedFrame
+from lipstream.mouth import CanvasFrame, MouthModel
+from lipstream.session import Face, Observed, Observer, Session, SpeechRows, SyncedFrame
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class LipSync:
         speech = SpeechReader(audio)
         session = Session(self.model, reader.time_base, SpeechRows(self.model, speech.read), self.seed)
 
-        def observed() -> Iterator[Observed]:
+        def observed() -> Iterator[Observed[Face, CanvasFrame]]:
             for frame in source:
                 since = time.perf_counter()
                 seen = observer.step(frame)

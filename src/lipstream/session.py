@@ -4,19 +4,25 @@ A file and a live stream are the same thing here: whoever has a source frame cal
 the frames that are finished. Memory is bounded by one chunk (0.48 s) of frames. The pipeline runs the first half
 (:class:`Observer`) in a thread of its own.
 
+:class:`TakeSession` is the bookkeeping, the same for every kind of model: what a take is and how its mouths get into a
+frame is for its subclasses to say (:class:`Session` for the canvas, `fullsize_session.CropSession` for 512 px crops).
+
 Time: model frame i stands at i / 25 s from the first source frame and hears that instant of the speech. A source frame
-between two model frames gets the mean of their mouths' shapes, weighted by time.
+between two model frames gets the mean of their mouths' shapes, weighted by time (canvas), or the nearest one (crops).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lipstream.faces.canvas import KNOWN_ROWS_PX, Alignment, FaceCanvas, Float
@@ -33,6 +39,24 @@ MAX_JUMP_CROP_PX = 60.0  # more than half the distance between the eyes from one
 # to frame of 58 clips (synthetic, GRID and moving heads), more than 18 between 99 % of pairs of people.
 MAX_CHANGE = 18.0
 
+FaceT = TypeVar("FaceT")  # where a face is on its frame
+ViewT = TypeVar("ViewT")  # what the networks see of it
+ViewT_contra = TypeVar("ViewT_contra", contravariant=True)
+MouthT = TypeVar("MouthT")  # what they make
+
+
+class AnyTake(Protocol[ViewT_contra, MouthT]):
+    """State of one face's uninterrupted stretch of video: `mouth.Take`, `fullsize.FullSizeTake`."""
+
+    @property
+    def next_pixel_frames(self) -> int:
+        """How many frames the next step takes: 9, then 12."""
+        ...
+
+    def step(self, frames: Sequence[ViewT_contra], speech: Tensor, /) -> list[MouthT]:
+        """One chunk: as many views and rows of speech as ``next_pixel_frames``, as many mouths."""
+        ...
+
 
 @dataclass(frozen=True)
 class Face:
@@ -44,24 +68,24 @@ class Face:
 
 
 @dataclass(frozen=True)
-class Observed:
+class Observed(Generic[FaceT, ViewT]):
     """A source frame and the face on it, if any. ``cut`` marks a face that does not continue the one before."""
 
     frame: SourceFrame
-    face: Face | None
-    canvas: CanvasFrame | None
+    face: FaceT | None
+    view: ViewT | None
     cut: bool
 
 
 @dataclass(frozen=True)
-class _Placed:
+class _Placed(Generic[FaceT, ViewT]):
     """An observed frame and the number of its shot, which counts the cuts so far.
 
     The model's grid may skip the frame that carries the cut (sources above 25 fps) or see it twice (below), so that
     takes go by shots and not by the mark itself.
     """
 
-    observed: Observed
+    observed: Observed[FaceT, ViewT]
     shot: int
 
 
@@ -91,7 +115,7 @@ class Observer:
         self._tracker = FaceTracker()
         self._before: tuple[Face, CanvasFrame] | None = None
 
-    def step(self, frame: SourceFrame) -> Observed:
+    def step(self, frame: SourceFrame) -> Observed[Face, CanvasFrame]:
         """Track one frame; frames come in order of time."""
         image = frame.image
         track = self._tracker.step(image)
@@ -119,36 +143,41 @@ class Observer:
         return bool(np.abs(change).mean() > MAX_CHANGE)
 
 
-class Session:
-    """Second half: generate and compose.
+class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
+    """Second half: generate and compose, whatever the model.
 
     Args:
-        model: the networks.
         time_base: unit of the source's pts.
         rows: ``rows(start, stop)`` gives the speech encoder's rows [stop - start, D] of those model frames; silence
             where the speech has ended.
-        seed: of all noise.
     """
 
-    def __init__(
-        self, model: MouthModel, time_base: Fraction, rows: Callable[[int, int], Tensor], seed: int = 0
-    ) -> None:
-        self._model, self._rows, self._seed = model, rows, seed
-        self._compositor = Compositor(model.canvas)
-        self._grid: GridSampler[_Placed] = GridSampler(time_base)
+    def __init__(self, time_base: Fraction, rows: Callable[[int, int], Tensor]) -> None:
+        self._rows = rows
+        self._grid: GridSampler[_Placed[FaceT, ViewT]] = GridSampler(time_base)
         self._time_base = time_base
         self._origin: int | None = None
         self._shot = 0
-        self._waiting: deque[_Placed] = deque()
-        self._mouths: dict[int, tuple[int, Mouth]] = {}  # model frame -> (shot, mouth)
+        self._waiting: deque[_Placed[FaceT, ViewT]] = deque()
+        self._mouths: dict[int, tuple[int, MouthT]] = {}  # model frame -> (shot, mouth)
         self._decided = 0  # model frames below this have their mouth (or none, where no face showed)
-        self._take: Take | None = None
+        self._take: AnyTake[ViewT, MouthT] | None = None
         self._take_shot = 0
-        self._chunk: list[CanvasFrame] = []
-        self._held: CanvasFrame | None = None  # the last face of the take
+        self._chunk: list[ViewT] = []
+        self._held: ViewT | None = None  # the last face of the take
         self._missing = 0
 
-    def push(self, observed: Observed) -> list[SyncedFrame]:
+    @abstractmethod
+    def _new_take(self) -> AnyTake[ViewT, MouthT]:
+        """A take for the next stretch of video."""
+
+    @abstractmethod
+    def _patch(
+        self, image: NDArray[np.uint8], face: FaceT, mouth: MouthT, after: MouthT | None, share: float
+    ) -> Patch | None:
+        """Put a mouth into an image; where ``after`` is given, the image stands ``share`` of the way towards it."""
+
+    def push(self, observed: Observed[FaceT, ViewT]) -> list[SyncedFrame]:
         """Take the next source frame; gives the frames that are finished now."""
         if self._origin is None:
             self._origin = observed.frame.pts
@@ -168,22 +197,22 @@ class Session:
 
     # ------------------------------------------------------------------ model side
 
-    def _model_frame(self, shown: _Placed) -> None:
+    def _model_frame(self, shown: _Placed[FaceT, ViewT]) -> None:
         """Advance the 25 fps grid by one frame."""
         if self._take is not None and (shown.shot != self._take_shot or self._missing > MAX_GAP_MODEL_FRAMES):
             self._end_take()
-        canvas = shown.observed.canvas
-        if canvas is None:
+        view = shown.observed.view
+        if view is None:
             self._missing += 1
         else:
             self._missing = 0
             if self._take is None:
-                self._take, self._take_shot = Take(self._model, self._seed), shown.shot
+                self._take, self._take_shot = self._new_take(), shown.shot
         if self._take is None:
             self._decided += 1
             return
         # A short gap holds the last face, so that the take's history stays whole; its frames pass through anyway.
-        self._held = canvas or self._held
+        self._held = self._held if view is None else view
         assert self._held is not None  # a take begins with a face
         self._chunk.append(self._held)
         if len(self._chunk) == self._take.next_pixel_frames:
@@ -210,7 +239,7 @@ class Session:
 
     # --------------------------------------------------------------- picture side
 
-    def _place(self, placed: _Placed) -> tuple[int, float]:
+    def _place(self, placed: _Placed[FaceT, ViewT]) -> tuple[int, float]:
         """Where a source frame stands: the model frame at or before it, and its share of the way to the next."""
         place = (placed.observed.frame.pts - (self._origin or 0)) * self._time_base * MODEL_FPS
         lower = int(place)
@@ -229,12 +258,12 @@ class Session:
             for old in [i for i in self._mouths if i < lower]:
                 del self._mouths[old]
 
-    def _mouth(self, model_frame: int, shot: int) -> Mouth | None:
+    def _mouth(self, model_frame: int, shot: int) -> MouthT | None:
         """The mouth of a model frame, if it was generated for this shot."""
         made_for, mouth = self._mouths.get(model_frame, (shot, None))
         return mouth if made_for == shot else None
 
-    def _compose(self, placed: _Placed, lower: int, share: float) -> SyncedFrame:
+    def _compose(self, placed: _Placed[FaceT, ViewT], lower: int, share: float) -> SyncedFrame:
         frame, face = placed.observed.frame, placed.observed.face
         mouth = self._mouth(lower, placed.shot)
         after = self._mouth(lower + 1, placed.shot) if share else None
@@ -242,15 +271,41 @@ class Session:
             mouth, after = after, None
         patch = None
         if face is not None and mouth is not None:
-            field, nearest = mouth.field, mouth
-            if after is not None:
-                field = mouth.field + np.float32(share) * (after.field - mouth.field)
-                nearest = mouth if share < 0.5 else after
-            patch = self._compositor(frame.image, face.alignment, face.field, field, nearest.paint, nearest.gate)
+            patch = self._patch(frame.image, face, mouth, after, share)
         if patch is None:
             return SyncedFrame(frame.index, frame.pts, frame.time_base, frame, False, None)
         changed = replace_region(frame, patch.rgb, patch.box, (patch.alpha > 0).astype(np.float32))
         return SyncedFrame(frame.index, frame.pts, frame.time_base, changed, True, patch)
+
+
+class Session(TakeSession[Face, CanvasFrame, Mouth]):
+    """The session of the canvas model.
+
+    Args:
+        model: the networks.
+        time_base, rows: see :class:`TakeSession`.
+        seed: of all noise.
+    """
+
+    def __init__(
+        self, model: MouthModel, time_base: Fraction, rows: Callable[[int, int], Tensor], seed: int = 0
+    ) -> None:
+        super().__init__(time_base, rows)
+        self._model, self._seed = model, seed
+        self._compositor = Compositor(model.canvas)
+
+    def _new_take(self) -> Take:
+        return Take(self._model, self._seed)
+
+    def _patch(
+        self, image: NDArray[np.uint8], face: Face, mouth: Mouth, after: Mouth | None, share: float
+    ) -> Patch | None:
+        """Shapes are mixed by time, paint comes from the nearest mouth."""
+        field, nearest = mouth.field, mouth
+        if after is not None:
+            field = mouth.field + np.float32(share) * (after.field - mouth.field)
+            nearest = mouth if share < 0.5 else after
+        return self._compositor(image, face.alignment, face.field, field, nearest.paint, nearest.gate)
 
 
 class SpeechRows:

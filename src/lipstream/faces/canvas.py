@@ -182,7 +182,7 @@ class FaceCanvas:
         crop = self.rest_map + self.dense(field)
         inverse = alignment.inverse
         source = crop @ inverse[:, :2].T.astype(np.float32) + inverse[:, 2].astype(np.float32)
-        frame, source = _shrunk_for_reading(frame, source, 1.0 / alignment.scale)
+        frame, source = shrunk_for_reading(frame, source, 1.0 / alignment.scale)
         sampled = cv2.remap(frame, source[..., 0], source[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         return np.asarray(sampled, np.uint8)
 
@@ -193,7 +193,7 @@ def _enlarge(coarse: Float) -> Float:
     return np.asarray(fine, np.float32)
 
 
-def _shrunk_for_reading(frame: NDArray[np.uint8], source: Float, step_px: float) -> tuple[NDArray[np.uint8], Float]:
+def shrunk_for_reading(frame: NDArray[np.uint8], source: Float, step_px: float) -> tuple[NDArray[np.uint8], Float]:
     """Crop and area-shrink a large face first, so that reading every ``step_px`` pixels does not alias."""
     if step_px < 1.6:
         return frame, source
