@@ -17,6 +17,7 @@ from lipstream.training.forcing import (
     Coded,
     ForcingConfig,
     ForcingLoss,
+    Listening,
     Windows,
     code_clip,
     shift_pitch,
@@ -24,6 +25,8 @@ from lipstream.training.forcing import (
 )
 from lipstream.training.loop import Loop, LoopConfig
 from lipstream.training.samples import Clip, load_clips
+from lipstream.inside import LipRuler
+from lipstream.models.dit import DiT
 from tiny import tiny_codec, tiny_dit
 
 
@@ -136,17 +139,27 @@ def coded() -> list[Coded]:
     codec = tiny_codec()
     clips = [made_up_clip(f"synth_{i}", 44, seed=i) for i in range(2)]
     sampler = Sampler(clips, seed=0)
-    return [code_clip(codec, sampler, c, torch.randn(2, len(c), 16).half(), plain=i == 0) for i, c in enumerate(clips)]
+    ruler = LipRuler(FaceCanvas())
+    return [
+        code_clip(codec, sampler, c, torch.randn(2, len(c), 16).half(), plain=i == 0, ruler=ruler)
+        for i, c in enumerate(clips)
+    ]
 
 
 def test_windows_show_the_target_and_another_time_of_the_same_clip(coded: list[Coded]) -> None:
     windows = Windows(coded, np.ones(2), ForcingConfig(), seed=0)
     for kind in (0, 1, 2) * 5:
-        target, reference, audio = windows.draw(kind)
+        target, audio, reference, shut, wide = windows.draw(kind)
         assert target.shape == reference.shape == (7, 8, 10, 10) and audio.shape == (7, 4, 16)
         assert not any(torch.equal(target[i], reference[i]) for i in range(7))
+        clip = next(c for c in coded if any(torch.equal(m.float(), shut) for m in c.moving))
+        lowest, highest = (
+            next(o for o, m in zip(clip.opening, clip.moving, strict=True) if torch.equal(m.float(), end))
+            for end in (shut, wide)
+        )
+        assert lowest <= highest
     clip = coded[0]
-    target, _, audio = Windows([clip], np.ones(1), ForcingConfig(), seed=3).draw(1)
+    target, audio = Windows([clip], np.ones(1), ForcingConfig(), seed=3).draw(1)[:2]
     start = next(i for i in range(len(clip.still)) if torch.equal(clip.still[i].float(), target[0]))
     torch.testing.assert_close(target[1], clip.moving[start + 1].float())  # groups follow the first frame at once
     assert any(torch.equal(audio[1], rows[start + 1 : start + 5].float()) for rows in clip.speech)
@@ -177,6 +190,26 @@ def test_forcing_learns_and_counts_only_hidden_cells(coded: list[Coded]) -> None
         optimiser.step()
         losses.append(value.item())
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_listening_tells_lips_that_follow_from_lips_that_do_not(coded: list[Coded]) -> None:
+    codec = tiny_codec()
+    loss = ForcingLoss(tiny_dit(codec), codec, Windows(coded, np.ones(2), ForcingConfig(batch=2), seed=0))
+
+    class Knows(DiT):
+        """Answers with the clean latents."""
+
+        def forward(self, x, t, conditions, *, frame_mask=None):  # type: ignore[no-untyped-def, override]
+            return truth[0]
+
+    truth: list[torch.Tensor] = []
+    listening = Listening(loss, coded[:1])
+    pose_free = loss._pose_free
+    loss._pose_free = lambda z: truth.append(pose_free(z)) or truth[-1]  # type: ignore[method-assign, func-returns-value]
+    knowing = Knows(loss.model.config)
+    assert listening(knowing)["r_synth"] == pytest.approx(1.0, abs=1e-4)
+    loss._pose_free = pose_free  # type: ignore[method-assign]
+    assert abs(Listening(loss, coded[:1])(loss.model.eval())["r_synth"]) < 0.95
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.3])

@@ -24,7 +24,7 @@ OPENING_STEPS_PX = (2.5, 4.0, 6.0, 9.0, 13.0)
 SPREAD_STEPS_PX = (-2.5, 2.5)  # mouth width against its running mean
 KEPT_FRAMES = 250  # a memory is replaced by a newer one after so long: light changes
 WIDTH_RATE = 0.02
-FOLLOW = 1.0  # per frame, how fast what is shown moves to the nearest memory
+KEEP = 0.12  # how much nearer another memory has to be to take over, or teeth would flicker
 
 
 class LipRuler:
@@ -62,7 +62,7 @@ class MouthInside:
         self._smooth: float | None = None
         self._rest = HIGHEST_REST_PX
         self._frame = 0
-        self._shown: Tensor | None = None
+        self._shown: _Memory | None = None
 
     def see(self, field: Tensor, texture: Tensor) -> None:
         """Remember a source frame: shape field [20, 20, 2] and the paint box of its texture [3, h, w]."""
@@ -95,9 +95,10 @@ class MouthInside:
             return None, share
 
         def distance(memory: _Memory) -> float:
-            stretch = math.log((max(opening, 0) + 1) / (memory.opening + 1))
+            stretch = math.log((max(opening, 0.0) + 1) / (memory.opening + 1))
             return abs(stretch) + (0.3 if stretch > 0.5 else 0) + abs(width - memory.width) / 12
 
-        nearest = min(self._memories.values(), key=distance).texture
-        self._shown = nearest if self._shown is None else torch.lerp(self._shown, nearest, FOLLOW)
-        return self._shown, share
+        nearest = min(self._memories.values(), key=distance)
+        if self._shown is None or distance(nearest) < distance(self._shown) - KEEP:
+            self._shown = nearest
+        return self._shown.texture, share

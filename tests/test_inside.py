@@ -1,0 +1,88 @@
+"""The inside of the mouth: rulers agree with landmarks, memories come from the source and nearest first."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lipstream.faces.canvas import INNER_LIP_CORNERS, INNER_LIP_PAIRS, FaceCanvas
+from lipstream.inside import LipRuler, MouthInside
+
+
+@pytest.fixture(scope="module")
+def canvas() -> FaceCanvas:
+    return FaceCanvas()
+
+
+def rest_face(canvas: FaceCanvas) -> np.ndarray:
+    points = np.zeros((468, 3))
+    points[canvas.ids, :2] = canvas._rest_points
+    points[canvas.rigid_ids, :2] = canvas._rigid_points
+    return points
+
+
+def shape(canvas: FaceCanvas, drop: float = 0.0, pull: float = 0.0) -> torch.Tensor:
+    """Shape field of the rest face (open by 17 px) with everything below the lips' middle moved and corners pulled."""
+    points = rest_face(canvas)
+    middle = (points[13, 1] + points[14, 1]) / 2
+    below = canvas.ids[points[canvas.ids, 1] > middle + 1]
+    points[below, 1] += drop
+    centre = points[canvas.ids, 0].mean()
+    points[canvas.ids, 0] += pull * (points[canvas.ids, 0] - centre) / 20
+    return torch.from_numpy(canvas.field(points, canvas.align(points)))
+
+
+def test_rulers_agree_with_landmarks(canvas: FaceCanvas) -> None:
+    ruler, points = LipRuler(canvas), rest_face(canvas)
+    opening = np.mean([points[b, 1] - points[a, 1] for a, b in INNER_LIP_PAIRS])
+    width = points[INNER_LIP_CORNERS[1], 0] - points[INNER_LIP_CORNERS[0], 0]
+    for drop in (-15.0, -8.0, 0.0, 5.0):
+        assert float(ruler.opening(shape(canvas, drop))) == pytest.approx(opening + drop, abs=0.8)
+    assert float(ruler.width(shape(canvas))) == pytest.approx(width, abs=0.5)
+    assert float(ruler.width(shape(canvas, pull=2.0))) > width + 1.0
+
+
+def texture(value: float) -> torch.Tensor:
+    return torch.full((3, 4, 6), value)
+
+
+def test_nothing_is_shown_before_the_source_has_opened_its_mouth(canvas: FaceCanvas) -> None:
+    inside = MouthInside(LipRuler(canvas))
+    for _ in range(5):
+        inside.see(shape(canvas, -16.5), texture(0.1))
+    own, share = inside.show(shape(canvas, -8.0))
+    assert own is None and share == 1.0
+    assert inside.show(shape(canvas, -16.5))[1] == pytest.approx(0.0, abs=0.02)
+
+
+def test_nearest_opening_is_shown(canvas: FaceCanvas) -> None:
+    inside = MouthInside(LipRuler(canvas))
+    for drop in (-16.5, -16.5, -13.0, -9.0, -3.0):
+        inside.see(shape(canvas, drop), texture(-drop))
+    shown = [inside.show(shape(canvas, drop))[0] for drop in (-13.2, -3.5, -9.3)]
+    assert [float(q[0, 0, 0]) for q in shown if q is not None] == [13.0, 3.0, 9.0]
+
+
+def test_a_face_whose_closed_lips_read_open_is_measured_from_there(canvas: FaceCanvas) -> None:
+    inside = MouthInside(LipRuler(canvas))
+    for _ in range(10):  # this person's lips are closed at 4 px
+        inside.see(shape(canvas, -13.5), texture(0.0))
+    assert inside.show(shape(canvas, -13.5)) == (None, pytest.approx(0.0, abs=0.05))
+    inside.see(shape(canvas, -9.0), texture(1.0))
+    own, share = inside.show(shape(canvas, -9.0))
+    assert own is not None and float(own.mean()) == 1.0 and share > 0.9
+
+
+def test_a_memory_is_a_copy_and_is_replaced_in_time(canvas: FaceCanvas) -> None:
+    inside, frame = MouthInside(LipRuler(canvas)), texture(1.0)
+    inside.see(shape(canvas, -16.5), texture(0.0))
+    inside.see(shape(canvas, -5.0), frame)
+    frame.fill_(9.0)
+    own, _ = inside.show(shape(canvas, -5.0))
+    assert own is not None and float(own.mean()) == 1.0
+    for _ in range(251):
+        inside.see(shape(canvas, -5.0), texture(2.0))
+    own, _ = inside.show(shape(canvas, -9.0))  # far enough that the newer memory of the same kind takes over
+    assert own is not None and float(own.mean()) in (1.0, 2.0)
+    assert any(float(m.texture.mean()) == 2.0 for m in inside._memories.values())
