@@ -60,6 +60,10 @@ class FolderConfig:
     licence: str
     provenance: Provenance = dataclasses.field(default_factory=Provenance)
 
+    def __post_init__(self) -> None:
+        # As JSON gives it back (tuples become lists), so that what was written equals what is read.
+        object.__setattr__(self, "config", json.loads(json.dumps(self.config)))
+
 
 def save_pretrained(
     model: nn.Module,
@@ -178,7 +182,14 @@ def load_pretrained(folder: Path, *, kind: str | None = None, dtype: torch.dtype
     known = kind_named(about.kind)
     source = open_source(folder, unwrap=False)
     stored = dtype_named(about.dtype)
-    return fill(lambda: known.build(about.config), source, f"its {CONFIG}", stored=stored, dtype=dtype)
+
+    def build() -> nn.Module:
+        try:
+            return known.build(about.config)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{folder / CONFIG}: describes no {about.kind}: {error}") from error
+
+    return fill(build, source, f"its {CONFIG}", stored=stored, dtype=dtype)
 
 
 def push_to_hub(folder: Path, repo_id: str, *, private: bool = True, token: str | None = None, api: Any = None) -> str:
