@@ -40,8 +40,11 @@ from lipstream.checkpoints.hub import (
 )
 from lipstream.checkpoints.keys_dit import infer_config
 from lipstream.checkpoints.lora import LoraConfig
+from lipstream.checkpoints.mapping import load_in_pieces
 from lipstream.checkpoints.sources import from_tensors, open_source
 from lipstream.checkpoints.strict import CheckpointError, TensorSpec, compare, specs_of
+from lipstream.cli.common import EXIT_OK, EXIT_USAGE
+from lipstream.cli.main import main
 from lipstream.models.dit import FLAVOURS, DiT
 
 LORA = LoraConfig(rank=RANK, alpha=2)
@@ -236,6 +239,36 @@ def test_files_from_before_the_zip_format(tmp_path: Path) -> None:
     assert_same(assemble([tmp_path / "old.pth"]).load(), state)
 
 
+def test_files_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapped tensor by tensor they are the same, views and shared storages too; writing leaves the file alone."""
+    state = tiny_state()
+    square = torch.randn(300, 5)
+    odd = {"part": square[100:, 1:4].t(), "again": square, "none": torch.empty(0, 3), "byte": torch.ones(3).byte()}
+    torch.save({"model": {"net": state}, "odd": odd, "step": 3}, tmp_path / "big.pth")
+    content = load_in_pieces(tmp_path / "big.pth")
+    assert content["step"] == 3 and content["odd"].keys() == odd.keys()
+    for name, tensor in odd.items():
+        assert content["odd"][name].dtype == tensor.dtype and torch.equal(content["odd"][name], tensor)
+        assert content["odd"][name].stride() == tensor.stride()
+    load = torch.load
+
+    def refuses(path: Path, *, mmap: bool = False, **options: Any) -> Any:
+        if mmap:
+            raise RuntimeError("unable to mmap 9 bytes from file <big.pth>: Cannot allocate memory (12)")
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", refuses)
+    model = assemble([tmp_path / "big.pth"]).load()
+    assert_same(model, state)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same(assemble([tmp_path / "big.pth"]).load(), state)
+    torch.save({"a": Bomb()}, tmp_path / "bomb.pth")
+    with pytest.raises(CheckpointError, match="can be read safely"):
+        assemble([tmp_path / "bomb.pth"])
+
+
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     save_shards(tiny_state(), tmp_path / "wan")
     index = next((tmp_path / "wan").glob("*.json"))
@@ -420,3 +453,49 @@ def test_push_uses_the_real_signatures() -> None:
     upload = inspect.signature(hub.HfApi.upload_folder).parameters
     assert {"private", "repo_type", "exist_ok"} <= create.keys()
     assert {"repo_id", "folder_path", "repo_type", "commit_message"} <= upload.keys()
+
+
+# --- the command ---
+
+
+def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(tiny_state(), tmp_path / "student.pth")
+    command = ["convert", str(tmp_path / "student.pth"), "--to", str(tmp_path / "model")]
+    assert main([*command, "--kind", "student", "--dtype", "fp32", "--licence", "MIT"]) == EXIT_OK
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'model'}: student, float32, " in said and said.endswith("; licence MIT\n")
+    loaded = load_pretrained(tmp_path / "model").state_dict()
+    assert torch.equal(loaded["head.modulation"], tiny_state()["head.modulation"].float())
+
+    def fails(said: str, *arguments: str) -> None:
+        assert main([*command, *arguments]) == EXIT_USAGE
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+    fails("holds a model already")
+    fails("unknown kind 'pupil'", "--kind", "pupil", "--force")
+    fails("none of the sources is an adapter", "--merge-precision", "fp32", "--force")
+    assert main([*command, "--force", "--max-shard-gb", "0.0002"]) == EXIT_OK
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
+    command[1] = str(tmp_path / "none.pth")
+    fails("none.pth: no such file or folder", "--force")
+    assert_same(load_pretrained(tmp_path / "model"), tiny_state())  # a failure leaves the old folder
+
+
+def test_convert_command_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With OmniAvatar's own rank and scale, which the command does not let anyone change."""
+    state = adapter_state()
+    for name in [name for name in state if ".lora_A." in name]:
+        a, b = state[name], state[name.replace("lora_A", "lora_B")]
+        state[name] = torch.randn(128, a.shape[1]).bfloat16()
+        state[name.replace("lora_A", "lora_B")] = torch.randn(b.shape[0], 128).bfloat16()
+    save_shards(base_state(), tmp_path / "wan")
+    torch.save(state, tmp_path / "adapter.pt")
+    command = ["convert", str(tmp_path / "wan"), str(tmp_path / "adapter.pt"), "--to", str(tmp_path / "teacher")]
+    assert main([*command, "--merge-precision", "fp32"]) == EXIT_OK
+    assert "teacher, bfloat16" in (said := capsys.readouterr().out) and "adapter merged in fp32" in said
+    merged = load_pretrained(tmp_path / "teacher", kind="teacher").state_dict()
+    key = "blocks.3.cross_attn.v"
+    a, b = (state[f"{key}.lora_{f}.weight"].float() for f in "AB")
+    expected = (base_state()[f"{key}.weight"].float() + 0.5 * b @ a).bfloat16()
+    assert torch.equal(merged[f"{key}.weight"], expected)

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from golden_model import vectors
+from lipstream.checkpoints.keys_dit import AUDIO_PREFIXES
 from lipstream.checkpoints.lora import LoraConfig, Precision, grow_patch_kernel, is_adapter, merge_adapter
 from lipstream.checkpoints.sources import TensorSource, from_tensors
-from lipstream.checkpoints.strict import CheckpointError
+from lipstream.checkpoints.strict import CheckpointError, require
+from lipstream.models.dit import FLAVOURS, DiT
 
 FULL_CASE = Path(__file__).parents[2] / "shared" / "golden" / "lora_merge" / "data.safetensors"
 GOLDEN_LORA = LoraConfig(rank=8, alpha=4)
@@ -141,3 +143,21 @@ def test_another_rank_is_refused() -> None:
     base, adapter = sources(vectors("lora_merge"))
     with pytest.raises(CheckpointError, match=r"20 factors of another shape: .* and 12 more"):
         merge_adapter(base, adapter, "bf16")
+
+
+@pytest.mark.parametrize(("flavour", "pairs"), [("1.3b", 300), ("14b", 400)])
+def test_released_adapters_fit_the_released_sizes(flavour: str, pairs: int) -> None:
+    """Names and shapes only: base Wan and OmniAvatar adapter together are exactly the network."""
+    with torch.device("meta"):
+        needed = dict(DiT(FLAVOURS[flavour]).to(torch.bfloat16).state_dict())
+    base = {name: tensor for name, tensor in needed.items() if not name.startswith(AUDIO_PREFIXES)}
+    base["patch_embedding.weight"] = base["patch_embedding.weight"][:, :16]
+    adapter = {n: t for n, t in needed.items() if n.startswith((*AUDIO_PREFIXES, "patch_embedding."))}
+    names = (*(f"{kind}_attn.{letter}" for kind in ("self", "cross") for letter in "qkvo"), "ffn.0", "ffn.2")
+    for target in (f"blocks.{i}.{name}" for i in range(FLAVOURS[flavour].num_layers) for name in names):
+        out, into = needed[f"{target}.weight"].shape
+        adapter[f"{target}.lora_A.weight"] = torch.empty(128, into, device="meta")
+        adapter[f"{target}.lora_B.weight"] = torch.empty(out, 128, device="meta")
+    assert sum(".lora_A." in name for name in adapter) == pairs
+    merged = merge_adapter(from_tensors(base, "wan"), from_tensors(adapter, "adapter"), "bf16", channels=65)
+    require(merged.specs, from_tensors(needed, "needed").specs, "merged")

@@ -316,7 +316,8 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_model")
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the tries
     server = Manners(files={"sub/weights.pth": CONTENT, "nc.onnx": CONTENT}, drop_after=300_000)
     with serve(server) as url:
         command = ["pull", "small", "--folder", str(tmp_path), "--mirror", url]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from lipstream.checkpoints.dcp import is_dcp_folder, read_dcp
 from lipstream.checkpoints.keys import wrapper_of
+from lipstream.checkpoints.mapping import load_mapped
 from lipstream.checkpoints.strict import CheckpointError, TensorSpec, listed
 
 log = logging.getLogger(__name__)
@@ -187,10 +187,8 @@ def open_safetensors(path: Path) -> TensorSource:
 
 
 def _open_torch(path: Path) -> TensorSource:
-    # Files from before torch 1.6 are no zip and cannot be mapped; the ones of this field are small.
-    mapped = zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if mapped else None)
+        content = load_mapped(path)
     except Exception as error:  # bytes that are no pickle make the unpickler fail in a dozen ways
         reason = "it holds more than tensors" if "weights_only" in str(error).lower() else _first_line(error)
         raise CheckpointError(f"{path}: not a checkpoint that can be read safely ({reason})") from error
