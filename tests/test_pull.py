@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
@@ -299,6 +300,14 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         get(tmp_path / "new" / "folder", url)
     assert quiet.asked == [] and not (tmp_path / "new").exists()
     check_disk([], tmp_path)
+
+
+def test_disk_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lipstream.checkpoints.pull._request", full)
+    assert_nothing(get(tmp_path, "http://127.0.0.1:9"), tmp_path, "the disk is full")
 
 
 def test_mirrors_must_be_http(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ mirror asked. The SHA-256 of what was fetched is kept in SHA256SUMS, which later
 
 from __future__ import annotations
 
+import errno
 import http.client
 import logging
 import os
@@ -274,6 +275,7 @@ def _fetch(artefact: Artefact, final: Path, mirrors: Sequence[str], report: Repo
 def _download(artefact: Artefact, url: str, part: Path, report: Report, retries: Retries) -> None:
     """Ask until the file is complete or no byte comes for so many tries."""
     failures, pause = 0, retries.pause_seconds
+    most = part.stat().st_size if part.exists() else 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
@@ -289,9 +291,13 @@ def _download(artefact: Artefact, url: str, part: Path, report: Report, retries:
                 raise _RefusedError("no such host, or no network") from error
             reason = error
         except (_DroppedError, OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise PullError(f"{part}: the disk is full; make room, the same command continues") from error
             reason = error
         after = part.stat().st_size if part.exists() else 0
-        failures, pause = (0, retries.pause_seconds) if after > before else (failures + 1, pause)
+        # More than ever before, not than last time: a server that starts over at every drop must not go on for ever.
+        failures, pause = (0, retries.pause_seconds) if after > most else (failures + 1, pause)
+        most = max(most, after)
         if failures >= retries.tries:
             raise _DroppedError(f"{reason or type(reason).__name__}, after {retries.tries} tries") from reason
         log.info("%s: %s at byte %d; trying again", url, reason or type(reason).__name__, after)

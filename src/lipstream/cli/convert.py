@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as stored)")
     parser.add_argument("--licence", help="of the weights, for config.json (default: of the released ones)")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file in GB (default: 5)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file in GB (default: 5)")
     parser.add_argument("--force", action="store_true", help="replace a model folder that is there already")
     add_verbose(parser)
     parser.set_defaults(run=run)
