@@ -31,6 +31,17 @@ FLAGS = {
     "sync": {"--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose"},
     "demo": {"--output", "--model", "--seed", "--threads", "--verbose"},
     "doctor": {"--no-speed", "--verbose"},
+    "pull": {"--folder", "--mirror", "--from-folder", "--only", "--accept", "--yes", "--verbose"},
+    "convert": {
+        "--to",
+        "--kind",
+        "--merge-precision",
+        "--dtype",
+        "--licence",
+        "--max-shard-gb",
+        "--force",
+        "--verbose",
+    },
 }
 
 
@@ -115,7 +126,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lipstream {__version__}\n"
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
-    assert all(command in listed for command in ("sync", "demo", "doctor", "evaluate", "data"))
+    assert all(command in listed for command in ("sync", "demo", "doctor", "evaluate", "data", "pull", "convert"))
 
 
 def test_help_does_not_load_torch() -> None:

@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lipstream.checkpoints.sources import open_safetensors
+from lipstream.checkpoints.strict import require, specs_of
+
 
 def save_module(module: nn.Module, config: Mapping[str, Any], path: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write all tensors of ``module`` (floating ones as ``dtype``) and its configuration; atomic."""
@@ -52,19 +55,10 @@ def load_module(module: nn.Module, path: Path) -> None:
     """Fill ``module`` with the tensors of ``path``; every name and shape must match.
 
     Raises:
-        ValueError: names or shapes differ; all differences are listed.
+        CheckpointError: names, shapes or dtypes differ; the differences are listed.
     """
-    expected = module.state_dict()
-    with safe_open(str(path), "pt") as file:
-        names = set(file.keys())
-        problems = [f"missing {name}" for name in sorted(set(expected) - names)]
-        problems += [f"unknown {name}" for name in sorted(names - set(expected))]
-        for name in sorted(names & set(expected)):
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != tuple(expected[name].shape):
-                problems.append(f"{name} is {shape}, the network needs {tuple(expected[name].shape)}")
-        if problems:
-            raise ValueError(f"{path} does not fit the network: " + "; ".join(problems))
-        with torch.no_grad():
-            for name, tensor in expected.items():
-                tensor.copy_(file.get_tensor(name))
+    source = open_safetensors(path)
+    require(source.specs, specs_of(module), str(path))
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(source.read(name))

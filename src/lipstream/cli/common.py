@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
 from lipstream.media.opening import open_media, picture_stream, seconds
 
 if TYPE_CHECKING:  # importing the pipeline loads torch: `--help` and a mistyped file name should not wait for that
+    from lipstream.checkpoints.hashing import Report
     from lipstream.pipeline import Progress, SyncReport
 
 EXIT_OK = 0
@@ -120,6 +121,25 @@ def show_progress() -> Iterator[Callable[[Progress], None]]:
                 speed=f"{progress.fps:.1f} frames/s" if progress.fps else "",
                 left="" if progress.seconds_left is None else f"{clock(progress.seconds_left)} left",
             )
+
+        yield report
+
+
+@contextmanager
+def show_bytes() -> Iterator[Report]:
+    """A bar for large files on standard error: stage, bytes, speed, time left; nothing where that is no terminal."""
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done_bytes: int, total_bytes: int | None) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    bar.remove_task(task)
+                tasks.clear()
+                tasks[stage] = bar.add_task(escape(stage), total=total_bytes)
+            bar.update(tasks[stage], completed=done_bytes, total=total_bytes)
 
         yield report
 
