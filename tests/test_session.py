@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lipstream.background import Ahead
+from lipstream.engines import CanvasEngine
 from lipstream.faces.canvas import Alignment, FaceCanvas
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import SourceFrame, VideoReader
@@ -83,7 +84,7 @@ def test_speech_rows_do_not_depend_on_how_they_are_asked_for() -> None:
 
 @pytest.fixture(scope="module")
 def lipsync() -> LipSync:
-    return LipSync(tiny_mouth_model(), "tiny")
+    return LipSync(CanvasEngine(tiny_mouth_model()), "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lipstream.faces.canvas import FaceCanvas
+from lipstream.inside import LipRuler
 from lipstream.models.codec import FLAVOURS, PocketCodec
+from lipstream.models.dit import DiT
 from lipstream.training.codec import AreaWeight, PainterLoss, Sampler, fit_codes, texture_loss
 from lipstream.training.forcing import (
     Coded,
@@ -25,8 +27,6 @@ from lipstream.training.forcing import (
 )
 from lipstream.training.loop import Loop, LoopConfig
 from lipstream.training.samples import Clip, load_clips
-from lipstream.inside import LipRuler
-from lipstream.models.dit import DiT
 from tiny import tiny_codec, tiny_dit
 
 

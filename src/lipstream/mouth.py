@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lipstream.checkpoints.networks import load_codec, load_dit
 from lipstream.diffusion.rollout import Rollout
-from lipstream.inside import LipRuler, MouthInside
 from lipstream.faces.canvas import CANVAS_PX, FaceCanvas, Float, outline_weight
+from lipstream.inside import LipRuler, MouthInside
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
 from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec, inner_lip_distance
@@ -173,7 +173,9 @@ class Take:
         """
         opening = self.model.ruler.opening(fields)
         groups = opening if self._rollout.chunk else torch.cat([opening[:1].expand(FRAMES_PER_LATENT - 1), opening])
-        for frame, value in zip(z.unbind(2), groups.unflatten(0, (-1, FRAMES_PER_LATENT)).mean(1).tolist(), strict=True):
+        for frame, value in zip(
+            z.unbind(2), groups.unflatten(0, (-1, FRAMES_PER_LATENT)).mean(1).tolist(), strict=True
+        ):
             free = self._codec.pose_free(frame)
             if self._shut is None or value < self._shut[0]:
                 self._shut = value, free

@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 
 from lipstream.background import Ahead
+from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
 from lipstream.media.speech import SpeechReader, count_speech_samples
 from lipstream.media.timeline import SLACK, SPEECH_RATE, TAIL
 from lipstream.media.writer import VideoWriter
-from lipstream.mouth import CanvasFrame, MouthModel
-from lipstream.session import Face, Observed, Observer, Session, SpeechRows, SyncedFrame
+from lipstream.mouth import MouthModel
+from lipstream.session import Observed, SyncedFrame
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,8 @@ class _Clock:
 class LipSync:
     """A loaded model, ready to sync any number of videos, one at a time."""
 
-    def __init__(self, model: MouthModel, name: str, seed: int = 0) -> None:
-        self.model, self.name, self.seed = model, name, seed
+    def __init__(self, engine: Engine, name: str, seed: int = 0) -> None:
+        self.engine, self.name, self.seed = engine, name, seed
 
     @classmethod
     def from_pretrained(cls, model: PathLike = "pocket", *, seed: int = 0, threads: int | None = None) -> LipSync:
@@ -110,7 +111,7 @@ class LipSync:
         torch.set_num_threads(threads or 1)
         dtype = torch.bfloat16 if _fast_bfloat16() else torch.float32
         log.info("model %s from %s, cpu, %s, %d thread(s)", model, folder, dtype, torch.get_num_threads())
-        return cls(MouthModel.load(folder, dtype), str(model), seed)
+        return cls(CanvasEngine(MouthModel.load(folder, dtype)), str(model), seed)
 
     def __call__(
         self,
@@ -182,11 +183,11 @@ class LipSync:
             raise MediaError(audio, "its sound has no samples", "use a file with speech in it")
         source = BouncingReader(reader, samples)
         total = _expected_frames(reader, samples)
-        observer = Observer(self.model.canvas)
-        speech = SpeechReader(audio)
-        session = Session(self.model, reader.time_base, SpeechRows(self.model, speech.read), self.seed)
+        observer = self.engine.observer()
+        rows = self.engine.rows(SpeechReader(audio).read)
+        session = self.engine.session(reader.time_base, rows, self.seed)
 
-        def observed() -> Iterator[Observed[Face, CanvasFrame]]:
+        def observed() -> Iterator[Observed[Any, Any]]:
             for frame in source:
                 since = time.perf_counter()
                 seen = observer.step(frame)

@@ -90,9 +90,7 @@ class Coded(NamedTuple):
 
 
 @torch.no_grad()
-def code_clip(
-    codec: PocketCodec, sampler: Sampler, clip: Clip, speech: Tensor, plain: bool, ruler: LipRuler
-) -> Coded:
+def code_clip(codec: PocketCodec, sampler: Sampler, clip: Clip, speech: Tensor, plain: bool, ruler: LipRuler) -> Coded:
     """Latents of every frame offset of one clip under one appearance augmentation."""
     table, mirror = sampler.augmentation()
     if plain:
@@ -207,7 +205,9 @@ class ForcingLoss:
         n = len(frames)
         target = self._pose_free(torch.stack([r.target for r in rows]))[:, :, :n]
         reference = self._references(torch.stack([r.reference for r in rows]))[:, :, :n]
-        shut, wide = (self._pose_free(torch.stack(q)[:, None]) for q in zip(*((r.shut, r.wide) for r in rows), strict=True))
+        shut, wide = (
+            self._pose_free(torch.stack(q)[:, None]) for q in zip(*((r.shut, r.wide) for r in rows), strict=True)
+        )
         speech = torch.stack([r.speech[:n] for r in rows])
         silent = torch.from_numpy(generator.random(len(rows)) < self.config.drop_audio)
         speech = F.dropout(speech, self.config.speech_dropout)

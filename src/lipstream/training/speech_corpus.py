@@ -48,7 +48,7 @@ def labels_of(visemes: Iterable[Viseme], samples: int) -> Labels:
 
 
 def write_utterance(folder: Path, name: str, samples: NDArray[np.float32], labels: Labels | None) -> None:
-    """One file as `prepare_corpus` reads it, cut to what the teacher hears; ``labels`` None: nobody knows what is said."""
+    """One file as `prepare_corpus` reads it, cut to what the teacher hears; ``labels`` None: unknown."""
     samples = samples[: int(TEACHER_SECONDS * SAMPLE_RATE)]
     known = len(samples) // LABEL_SAMPLES
     labels = np.full(known, -1, np.int8) if labels is None else labels[:known]

@@ -1,0 +1,68 @@
+"""What stands behind `LipSync`: the same stages for every model, chosen once when it is loaded.
+
+An engine makes the three things that a run needs (who looks at frames, who hears speech, who generates) and knows
+nothing of files. `CanvasEngine` is the small model that works on the face canvas; `lipstream.fullsize_engine` holds the
+official sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lipstream.media.reader import SourceFrame
+from lipstream.mouth import MouthModel
+from lipstream.session import Observed, Observer, Session, SpeechRows, TakeSession
+
+#: The next samples of the speech (mono, 16 kHz), fewer at its end, none after it.
+ReadSpeech = Callable[[int], NDArray[np.float32]]
+#: Feature rows [stop - start, D] of the model frames start .. stop; silence where the speech has ended.
+Rows = Callable[[int, int], Tensor]
+
+
+class Observes(Protocol):
+    """First half of a session: finds the face."""
+
+    def step(self, frame: SourceFrame) -> Observed[Any, Any]:
+        """Track one frame; frames come in order of time."""
+        ...
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    def observer(self) -> Observes:
+        """Looks at the frames of one run."""
+        ...
+
+    def rows(self, read: ReadSpeech) -> Rows:
+        """Hears the speech of one run."""
+        ...
+
+    def session(self, time_base: Fraction, rows: Rows, seed: int) -> TakeSession[Any, Any, Any]:
+        """Generates and composes one run."""
+        ...
+
+
+class CanvasEngine:
+    """The small model (`lipstream.mouth`)."""
+
+    def __init__(self, model: MouthModel) -> None:
+        self.model = model
+
+    def observer(self) -> Observer:
+        """See :class:`Engine`."""
+        return Observer(self.model.canvas)
+
+    def rows(self, read: ReadSpeech) -> SpeechRows:
+        """See :class:`Engine`; streaming, with bounded look-ahead."""
+        return SpeechRows(self.model, read)
+
+    def session(self, time_base: Fraction, rows: Rows, seed: int) -> Session:
+        """See :class:`Engine`."""
+        return Session(self.model, time_base, rows, seed)
