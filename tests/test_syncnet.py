@@ -10,6 +10,7 @@ from torch import Tensor
 
 from golden_model import vectors
 from lipstream.checkpoints.encoders import load_syncnet
+from lipstream.models import syncnet
 from lipstream.models.mfcc import mfcc, mfcc_frames
 from lipstream.models.syncnet import (
     FLAVOURS,
@@ -122,7 +123,9 @@ def test_constant_video_scores_zero() -> None:
     assert reward_score(lips, speech).confidence < 1e-3 * reward_score(lips, speech).distance
 
 
-def test_whole_clip_at_once_equals_window_by_window() -> None:
+@pytest.mark.parametrize("block", [32, 3, 1])
+def test_whole_clip_at_once_equals_window_by_window(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(syncnet, "BLOCK_VECTORS", block)
     network = random_network()
     pictures = prepare_frames(torch.randint(0, 256, (8, 3, 20, 20), dtype=torch.uint8))
     at_once = network.embed_lips(pictures[None])[0]

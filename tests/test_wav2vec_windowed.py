@@ -9,6 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from lipstream.models.wav2vec_features import normalise
 from lipstream.models.wav2vec_windowed import (
     WindowConfig,
     WindowedSpeechFeatures,
@@ -108,6 +109,28 @@ def test_two_streams_share_the_weights() -> None:
         live(speech(5_000))
         mixed = torch.cat([twin(samples), twin.flush()], dim=1)
     torch.testing.assert_close(mixed, live(samples), atol=1e-6, rtol=0)
+
+
+def test_primed_statistics_are_there_from_the_first_row() -> None:
+    """Primed with a recording, a stream begins with the statistics that offline features have of that recording."""
+    features = random_features()
+    live, earlier = WindowedSpeechFeatures(features, SMALL), speech(640 * 100)
+    offline = features.frame_statistics(normalise(earlier))
+    with live.streaming(batch=1):
+        live.prime(earlier)
+        state = live.state
+        assert state is not None
+        mean, deviation = state.mean_and_deviation()
+        statistics = live._statistics(state, mean, deviation)
+        torch.testing.assert_close(statistics, offline, atol=1e-4, rtol=1e-3)
+        quiet = 0.1 * speech(640 * 5)
+        primed = live(quiet)
+        with pytest.raises(ValueError, match="before the stream's first"):
+            live.prime(earlier)
+    with live.streaming(batch=1):
+        assert (live(quiet) - primed).abs().mean() > 0.1
+    with pytest.raises(ValueError, match="in `streaming`"):
+        live.prime(earlier)
 
 
 def test_silence_is_finite_and_loudness_does_not_matter() -> None:

@@ -99,7 +99,7 @@ def load_prompt_tokenizer(folder: Path | str, config: TextConfig = TEXTS["offici
 
 
 def save_prompt_embedding(embedding: PromptEmbedding, path: Path | str) -> None:
-    """Write an embedding (some 40 KB for the fixed prompt); appears at `path` all at once."""
+    """Write an embedding (8 KB a token at the official size); appears at `path` all at once."""
     path = Path(path)
     metadata = {
         "format": EMBEDDING_FORMAT,

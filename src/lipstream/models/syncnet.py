@@ -36,6 +36,7 @@ SAMPLES_PER_PICTURE = 640
 INPUT_PX = 224
 MAX_SHIFT = 15  # pictures
 DISTANCE_EPS = 1e-6
+BLOCK_VECTORS = 32  # lip vectors made at once: the first layer needs 4.6 MB for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +73,17 @@ class SyncNet(nn.Module):
     def embed_lips(self, pictures: Tensor) -> Tensor:
         """Pictures [b, 3, f, 224, 224] from `prepare_frames` -> [b, f - 4, d], vector i from pictures i ... i + 4.
 
-        Only the first layer looks across time, so a whole clip goes through at once and no picture five times.
+        Only the first layer looks across time, so a clip goes through in long pieces and no picture five times.
         """
         if pictures.ndim != 5 or pictures.shape[2] < LIP_FRAMES or pictures.shape[3:] != (INPUT_PX, INPUT_PX):
             raise ValueError(f"pictures must be [b, 3, at least 5, 224, 224], got {list(pictures.shape)}")
-        batch = len(pictures)
-        hidden = rearrange(self.netcnnlip(pictures), "b c n 1 1 -> (b n) c")
-        out: Tensor = rearrange(self.netfclip(hidden), "(b n) d -> b n d", b=batch)
-        return out
+        count, batch = pictures.shape[2] - LIP_FRAMES + 1, len(pictures)
+        pieces = []
+        for start in range(0, count, BLOCK_VECTORS):
+            piece = pictures[:, :, start : min(start + BLOCK_VECTORS, count) + LIP_FRAMES - 1]
+            hidden = rearrange(self.netcnnlip(piece), "b c n 1 1 -> (b n) c")
+            pieces.append(rearrange(self.netfclip(hidden), "(b n) d -> b n d", b=batch))
+        return torch.cat(pieces, dim=1)
 
     def embed_speech(self, windows: Tensor) -> Tensor:
         """MFCC windows [n, 1, 13, 20] from `audio_windows` -> [n, d]."""

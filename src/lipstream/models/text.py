@@ -1,7 +1,7 @@
 """Prompt embedding: the UMT5-XXL encoder of Wan 2.1 and the rows it gives the diffusion transformer (spec section 1.7).
 
 Lip Forcing always uses one prompt, so the encoder (11 GB) is needed once at most: a `PromptEmbedding` holds its rows,
-and `lipstream.checkpoints.encoders` keeps it in a file of some 40 KB. The network is that of `transformers`.
+and `lipstream.checkpoints.encoders` keeps it in a file of 8 KB a token. The network is that of `transformers`.
 
     prompt -> cleaned -> tokens and </s>, at most 512 -> UMT5 (bf16) -> one row per token; exact zeros up to 512 rows
 

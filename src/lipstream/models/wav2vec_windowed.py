@@ -3,7 +3,8 @@
 The offline features (`lipstream.models.wav2vec_features`, spec section 1.6) need the whole file in three places.
 Here each has the nearest thing that a stream can know:
 
-* normalisation and the first convolution's group norm: statistics of all speech heard so far;
+* normalisation and the first convolution's group norm: statistics of all speech heard so far; the first two seconds
+  suffer most, unless `prime` gives the statistics of earlier speech into the same microphone;
 * the resampling grid: exact, because padded speech has 2 * rows - 1 CNN frames, so row r is CNN frame 2 r of any file;
 * attention and the 128-tap positional convolution: `past_rows` before and `lookahead_rows` after the rows that leave.
 
@@ -13,6 +14,7 @@ network does with a cut context was not measured, because its weights were not a
 
     live = WindowedSpeechFeatures(features, WindowConfig())
     with live.streaming(batch=1):
+        live.prime(earlier_speech)     # optional
         for samples in chunks:
             rows = live(samples)       # [1, 0 or 9 or 12 ..., 10752]: the chunks that are complete by now
         rows = live.flush()            # the rest of the file's ceil(n / 640) rows
@@ -61,7 +63,7 @@ class WindowState:
     """What a stream remembers; statistics are of the samples before normalisation, in float64.
 
     `recent` [b, n] begins at row `first_row`; `sums` [b, 2] (samples, squares) cover `counted_samples`;
-    `step_sums` [b, 2, c] (first convolution, squares) cover `counted_steps`.
+    `step_sums` [b, 2, c] (first convolution, squares) cover `counted_steps`; both also cover the primed ones.
     """
 
     recent: Tensor
@@ -71,6 +73,8 @@ class WindowState:
     counted_samples: int
     step_sums: Tensor
     counted_steps: int
+    primed_samples: int = 0
+    primed_steps: int = 0
 
     @property
     def heard_samples(self) -> int:
@@ -84,8 +88,8 @@ class WindowState:
 
     def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
         """Of all counted samples, [b] each, float64."""
-        mean = self.sums[:, 0] / self.counted_samples
-        variance = (self.sums[:, 1] / self.counted_samples - mean.square()).clamp_min(0)
+        mean, square = (self.sums / (self.counted_samples + self.primed_samples)).unbind(1)
+        variance = (square - mean.square()).clamp_min(0)
         return mean, (variance + VARIANCE_FLOOR).sqrt()
 
 
@@ -122,6 +126,20 @@ class WindowedSpeechFeatures(StreamingModule[WindowState]):
         state.recent = torch.cat([state.recent, samples.float()], dim=1)
         rows = self._complete(state)
         return rows if self.state is not None else torch.cat([rows, self._rest(state)], dim=1)
+
+    def prime(self, samples: Tensor) -> None:
+        """Begin the statistics with earlier speech [b, n] of the same voice and microphone; no rows come of it.
+
+        Raises:
+            ValueError: not streaming, or the stream has begun.
+        """
+        state = self.state
+        if state is None or state.heard_samples or samples.ndim != 2:
+            raise ValueError("prime() takes samples [batch, samples] in `streaming`, before the stream's first ones")
+        steps = self.features.first_convolution(samples.float())
+        state.sums, state.step_sums = state.sums + _sums(samples), state.step_sums + _sums(steps)
+        state.primed_samples += samples.shape[1]
+        state.primed_steps += steps.shape[2]
 
     def flush(self) -> Tensor:
         """The rows still owed at the end of a stream [b, r, feature_dim]; `reset` before the next one."""
@@ -161,8 +179,7 @@ class WindowedSpeechFeatures(StreamingModule[WindowState]):
 
     def _count_samples(self, state: WindowState, stop: int) -> None:
         """Add the samples before `stop` to the loudness statistics."""
-        new = state.between(state.counted_samples, stop).double()
-        state.sums = state.sums + torch.stack([new.sum(1), new.square().sum(1)], dim=1)
+        state.sums = state.sums + _sums(state.between(state.counted_samples, stop))
         state.counted_samples = stop
 
     def _count_steps(self, state: WindowState, stop: int) -> None:
@@ -173,8 +190,7 @@ class WindowedSpeechFeatures(StreamingModule[WindowState]):
         if steps <= state.counted_steps:
             return
         samples = state.between(state.counted_steps * stride, (steps - 1) * stride + kernel)
-        new = self.features.first_convolution(samples).double()
-        state.step_sums = state.step_sums + torch.stack([new.sum(2), new.square().sum(2)], dim=1)
+        state.step_sums = state.step_sums + _sums(self.features.first_convolution(samples))
         state.counted_steps = steps
 
     def _emit(self, state: WindowState, stop: int, last: int) -> Tensor:
@@ -200,10 +216,16 @@ class WindowedSpeechFeatures(StreamingModule[WindowState]):
         The convolution is linear and has no bias: conv((x - mean) / deviation) = (conv(x) - mean * taps) / deviation.
         """
         taps = self.features.network.feature_extractor.conv_layers[0].conv.weight.double().sum((1, 2))
-        raw_mean = state.step_sums[:, 0] / state.counted_steps
-        variance = (state.step_sums[:, 1] / state.counted_steps - raw_mean.square()).clamp_min(0)
+        raw_mean, square = (state.step_sums / (state.counted_steps + state.primed_steps)).unbind(1)
+        variance = (square - raw_mean.square()).clamp_min(0)
         centred = (raw_mean - mean[:, None] * taps) / deviation[:, None]
         return FrameStatistics(centred.float(), (variance / deviation[:, None].square()).float())
+
+
+def _sums(x: Tensor) -> Tensor:
+    """Sums of values and of their squares over time, float64: [b, ..., t] -> [b, 2, ...]."""
+    wide = x.double()
+    return torch.stack([wide.sum(-1), wide.square().sum(-1)], dim=1)
 
 
 def relative_error(rows: Tensor, reference: Tensor) -> Tensor:
