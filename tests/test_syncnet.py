@@ -77,6 +77,8 @@ def test_golden_reward() -> None:
     assert score.offset == data["out.reward.argmin_shift"] == 3
     constant = torch.ones(60, 64)
     assert reward_score(constant, constant).confidence == data["out.reward.confidence_identical_constant_embeddings"]
+    floor = torch.tensor(1e-6 * 64**0.5)  # the epsilon of every component: equal vectors are not at distance 0
+    torch.testing.assert_close(reward_score(constant, constant).distance, floor, atol=0, rtol=0.1)
     assert reward_windows(81, 51_840) == data["out.reward.windows_used_for_81_frames_51840_samples"]
 
 

@@ -7,6 +7,7 @@ import math
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,6 +201,11 @@ def test_other_prompts_are_never_passed_on_uncleaned(prompt: str, monkeypatch: p
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ValueError, match="pip install ftfy"):
         clean_prompt(prompt)
+
+
+def test_entities_are_resolved_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", SimpleNamespace(fix_text=lambda text: text))
+    assert clean_prompt("a &amp;amp;lt;  b &eacute;") == "a &lt; b \u00e9"
 
 
 def test_cleaner_mends_unicode_and_entities() -> None:
