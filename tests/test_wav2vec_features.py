@@ -16,7 +16,6 @@ from golden_model import vectors
 from lipstream.checkpoints.encoders import load_speech_features
 from lipstream.checkpoints.keys_wav2vec2 import network_name, public_name, wav2vec2_names
 from lipstream.models import extras, wav2vec_features
-from lipstream.models.audio_pack import AudioPack
 from lipstream.models.wav2vec_features import (
     FLAVOURS,
     SpeechFeatures,
@@ -24,7 +23,6 @@ from lipstream.models.wav2vec_features import (
     normalise,
     rows_for,
     to_25hz,
-    training_rows_for,
 )
 from wav2vec_networks import golden_features, golden_weights, random_features
 
@@ -114,31 +112,12 @@ def test_training_mode_changes_nothing() -> None:
     assert torch.equal(features(speech, 10), features.train()(speech, 10))
 
 
-def test_row_rules() -> None:
-    assert [rows_for(samples, frames) for samples, frames in [(640, 1), (641, 1), (1, 9), (64_000, 93)]] == [
-        1,
-        2,
-        9,
-        100,
-    ]
-    assert [training_rows_for(frames) for frames in (30, 81, 200)] == [81, 81, 200]
+def test_few_and_many_samples() -> None:
     features = random_features()
     assert features(torch.randn(1, 100), 1).shape == (1, 1, 128)  # a single row has nothing to interpolate
     # More speech than rows is squeezed onto them, by the official grid.
     squeezed = features.rows(torch.randn(1, 640 * 12), 10)
     assert squeezed.shape[1] == 10 and squeezed.isfinite().all()
-
-
-def test_audio_pack_takes_the_golden_rows() -> None:
-    """Spec anchor 5: 81 rows are 21 latent frames; frame k sees rows 4k - 3 ... 4k, frame 0 row 0 four times."""
-    data = vectors("audio_features")
-    pack = AudioPack(128, 32).requires_grad_(False)
-    prefix = "weights.audio_proj."
-    pack.load_state_dict({key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)})
-    tokens = pack(data["out.B.audio_embedding"])
-    torch.testing.assert_close(tokens, data["out.pack.tokens_21x32"], atol=1e-5, rtol=0)
-    table = torch.tensor([[max(0, 4 * k - 3 + j) for j in range(4)] for k in range(21)])
-    assert torch.equal(table, data["out.pack.row_index_table"])
 
 
 def test_folder_loads_in_the_public_and_in_the_present_naming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
