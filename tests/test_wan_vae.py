@@ -212,6 +212,16 @@ def test_streaming_encode_does_the_work_of_one_shot(vae: WanVAE) -> None:
     assert one_shot > 0 and flops(lambda: streamed(decoding.decode, latents, [1] * 9)) == one_shot
 
 
+def test_official_work_of_a_stream_at_512px() -> None:
+    """The performance notes count independently: first frame 1.77 T, then 15.8 T encoded, 26.6 T decoded."""
+    with torch.device("meta"), torch.no_grad():
+        stream = WanVAE(OFFICIAL).stream_view(1)
+        first, chunk = (flops(lambda n=n: stream.encode(torch.empty(1, 3, n, 512, 512))) / 1e12 for n in (1, 12))
+        stream.decode(torch.empty(1, 16, 1, 64, 64))
+        decoded = flops(lambda: stream.decode(torch.empty(1, 16, 3, 64, 64))) / 1e12
+    assert (first, chunk, decoded) == pytest.approx((1.77, 15.8, 26.6), rel=0.005)
+
+
 def test_gradients_reach_the_shared_weights_and_cross_passes(vae: WanVAE) -> None:
     vae.requires_grad_(True)
     latents = wave(1, 16, 3, 1, 1).requires_grad_(True)

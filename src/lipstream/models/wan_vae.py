@@ -192,8 +192,8 @@ class WanVAE(StreamingModule[WanVAEState]):
 
         Args:
             video: [B, 3, F, H, W] in [-1, 1]; F is 1 + 4n in the first (or only) call, then 4n; H, W multiples of 8.
-            latent_frames_per_pass: more make fewer, larger kernels and need more memory; the result is the same up
-                to the rounding of the convolutions.
+            latent_frames_per_pass: more (a live chunk has 3) make fewer, larger kernels and need more memory; the
+                result is the same up to the rounding of the convolutions.
 
         Returns:
             [B, C, T, H/8, W/8] in the weights' dtype.
