@@ -309,7 +309,7 @@ class DiT(nn.Module):
         first, last = self.config.audio_blocks
         index %= len(self.blocks)
         if first <= index <= last:
-            return tokens + self.audio_cond_projs[index - first](audio).unsqueeze(2)
+            tokens = tokens + self.audio_cond_projs[index - first](audio).unsqueeze(2)
         return tokens
 
     @property

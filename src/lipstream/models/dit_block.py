@@ -9,7 +9,7 @@ Shapes: B batch, T latent frames, S tokens per latent frame, N = T S, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,15 @@ from lipstream.models.rope import Rotation, rotate
 from lipstream.streaming.kv_cache import Extend
 
 EPS = 1e-6
+CACHED_ROWS = 512
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) of rows [..., D]; on the CPU in pieces whose intermediate results stay in cache. Same numbers."""
+    rows = x.flatten(0, -2)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) < 2 * CACHED_ROWS:
+        return function(x)
+    return torch.cat([function(piece) for piece in torch.split(rows, CACHED_ROWS)]).view(*x.shape[:-1], -1)
 
 
 class RMSNorm(nn.Module):
@@ -33,6 +42,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D]."""
+        return _by_rows(self._normed, x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)
         return normed.to(x.dtype) * self.weight
@@ -203,7 +215,7 @@ class Block(nn.Module):
             read = self.cross_attn.join(attention(q, k, v, mask, backend=sight.backend))
             x = x + rearrange(read, "b (t s) d -> b t s d", t=frames)
 
-        return torch.addcmul(x, gate2, self.ffn(_modulate(self.norm2(x), shift2, scale2)))
+        return torch.addcmul(x, gate2, _by_rows(self.ffn, _modulate(self.norm2(x), shift2, scale2)))
 
     def remember(self, x: Tensor, time: Tensor, extend: Extend) -> None:
         """Only put the keys and values of x [B, T, S, D] into the cache: all that a clean pass needs of the last block.
