@@ -88,9 +88,12 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 scores = (q[row, head, tile] * width**-0.5) @ keys
                 if mask is not None:
                     scores = _masked(scores, mask[row, head] if mask.shape[2] == 1 else mask[row, head, tile])
-                rows.append(scores.softmax(dim=-1) @ values)  # of bfloat16, too, the softmax is computed in float32
+                # Of bfloat16, too, the softmax is computed in float32.
+                rows.append(scores.softmax(dim=-1).to(v.dtype) @ values)
     return torch.cat(rows).view(batch, heads, queries, -1)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores.float() + mask  # a bias as large as log 500 would round the scores a second time

@@ -402,6 +402,7 @@ class DiT(nn.Module):
         grid = self.token_grid(height, width)
         if cache.window_latent_frames is not None:
             for window in cache.arrangements(self.config.chunk_latent_frames):
+                cache.extend_in_place(0, window)
                 for positions in (window.own_positions, window.in_slot_order, window.past_then_own):
                     self._rotations.get(positions, *grid, self.active, self.device)
 
