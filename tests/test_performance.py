@@ -100,7 +100,9 @@ def test_flash_attention_3_is_called_in_its_own_layout(monkeypatch: pytest.Monke
         ), None
 
     monkeypatch.setitem(
-        sys.modules, "flash_attn_interface", types.SimpleNamespace(flash_attn_func=flash_attn_func)  # type: ignore[arg-type]
+        sys.modules,
+        "flash_attn_interface",
+        types.SimpleNamespace(flash_attn_func=flash_attn_func),  # type: ignore[arg-type]
     )
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
     torch.testing.assert_close(attention(q, k, k, backend="fa3"), attention(q, k, k, backend="sdpa"))

@@ -38,9 +38,7 @@ class DiTCosts:
         """Text attention of all blocks."""
         if not self.config.text_dim:
             return 0
-        return (
-            self.config.num_layers * 4 * latent_frames * self.tokens_per_latent_frame * text_keys * self.config.dim
-        )
+        return self.config.num_layers * 4 * latent_frames * self.tokens_per_latent_frame * text_keys * self.config.dim
 
     def call_flops(self, latent_frames: int, visible_latent_frames: int, text_keys: int) -> int:
         """One denoising call, embeddings and head included."""

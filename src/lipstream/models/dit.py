@@ -44,6 +44,7 @@ __all__ = [
     "window_frame_positions",
 ]
 
+
 class Prediction(NamedTuple):
     """Both views of one output, [B, C, T, H, W] in the dtype of x."""
 
