@@ -109,6 +109,9 @@ def test_flash_attention_3_is_called_in_its_own_layout(monkeypatch: pytest.Monke
     assert calls == [(1, 5, 2, 8)]
     attention(q, k, k, torch.zeros(1, 1, 1, 7), backend="fa3")  # FlashAttention knows no masks: torch takes these
     assert len(calls) == 1
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # not installed
+    with pytest.raises(ValueError, match="use auto"):
+        attention(q, k, k, backend="fa3")
 
 
 def test_auto_chooses_by_device_dtype_and_size() -> None:

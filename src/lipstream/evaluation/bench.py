@@ -15,6 +15,7 @@ Wall time is what counts on an idle machine; CPU seconds stand beside it for mac
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import statistics
@@ -262,6 +263,10 @@ def bench(config: BenchConfig, progress: Callable[[str], None] | None = None) ->
     starts = [_start(parts, config, live=has_codec) for _ in range(config.starts + 1)]
     cold, (median, p99) = load_seconds + starts[0], (statistics.median(starts[1:]), _p99(starts[1:]))
 
+    if config.compile or device.type != "cpu":
+        tell("warming up")  # the third chunk is the first of its shapes: compilers and kernel choosers work on it
+        short = dataclasses.replace(config, chunks=STEADY_CHUNK + 1)
+        _speed(parts, short, _latents(parts, short), [])
     linears: list[float] = []
     live = None
     if has_codec:

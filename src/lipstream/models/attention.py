@@ -68,7 +68,10 @@ def has_flash3(device_index: int) -> bool:
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention-3 wants [B, tokens, heads, d]; some of its versions also return the log sum of exponentials."""
-    interface: Any = importlib.import_module("flash_attn_interface")
+    try:
+        interface: Any = importlib.import_module("flash_attn_interface")
+    except ImportError as error:
+        raise ValueError("attention backend fa3 needs FlashAttention-3 (flash_attn_interface): use auto") from error
     out = interface.flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result.transpose(1, 2)
