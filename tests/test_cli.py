@@ -42,7 +42,11 @@ FLAGS = {
         "--force",
         "--verbose",
     },
-}
+    "bench": {
+        "--model", "--device", "--dtype", "--size", "--chunks", "--starts", "--layers", "--threads", "--attention",
+        "--compile", "--join-clean", "--json", "--verbose",
+    },
+}  # fmt: skip
 
 
 class Copier:
@@ -126,7 +130,9 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lipstream {__version__}\n"
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
-    assert all(command in listed for command in ("sync", "demo", "doctor", "evaluate", "data", "pull", "convert"))
+    assert all(
+        command in listed for command in ("sync", "demo", "doctor", "evaluate", "bench", "data", "pull", "convert")
+    )
 
 
 def test_help_does_not_load_torch() -> None:
@@ -153,6 +159,12 @@ def test_help_does_not_load_torch() -> None:
         (["sync", "clip.mp4", "speech.m4a", "-o", "out.mp4", "--threads", "0"], "at least 1"),
         (["sync", "clip.mp4", "speech.m4a", "-o", "out.mp4", "--model", "huge"], "huge"),
         (["demo", "-o", "taken.mp4"], "taken.mp4"),
+        (["bench", "--model", "huge"], "1.3b"),
+        (["bench", "--model", "test", "--size", "70"], "16 pixels"),
+        (["bench", "--model", "test", "--layers", "9"], "1 to 3"),
+        (["bench", "--model", "test", "--chunks", "2"], "at least 3"),
+        (["bench", "--model", "test", "--dtype", "int3"], "bfloat16"),
+        (["bench", "--model", "test", "--attention", "warp"], "sdpa"),
     ],
 )
 def test_mistakes_are_one_line(

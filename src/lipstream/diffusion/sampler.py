@@ -32,8 +32,11 @@ def generated_noise(
 ) -> Noise:
     """Noise drawn in order of the calls from an injected generator, in float32 and then cast."""
 
+    to_gpu = torch.device(device).type == "cuda"  # from pinned memory the copy does not wait for the device
+
     def draw(call: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float32, pin_memory=to_gpu)
+        return drawn.to(device, non_blocking=to_gpu).to(dtype)
 
     return draw
 

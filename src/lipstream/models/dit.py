@@ -21,17 +21,20 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from lipstream.models.attention import Backend, attention
+from lipstream.models.attention import Backend
 from lipstream.models.audio_pack import AudioPack
+from lipstream.models.dit_block import Block, Head, Segment, Sight, TextKeys
 from lipstream.models.dit_config import FLAVOURS, Conditions, DiTConfig
-from lipstream.models.rope import Rotation, RotationTables, rotate
-from lipstream.streaming.kv_cache import Extend, KVCache, TextMemory, runs
+from lipstream.models.dit_text import merge_padding
+from lipstream.models.rope import Rotation, RotationTables
+from lipstream.streaming.kv_cache import Extend, KVCache, TextMemory, Window, runs
 from lipstream.streaming.windows import chunk_causal_frame_mask, window_frame_positions
 from lipstream.streaming.windows import chunk_windows as chunk_windows_of
 
 __all__ = [
     "FLAVOURS",
     "AudioPack",
+    "CleanPass",
     "Conditions",
     "DiT",
     "DiTConfig",
@@ -41,8 +44,6 @@ __all__ = [
     "window_frame_positions",
 ]
 
-EPS = 1e-6
-
 
 class Prediction(NamedTuple):
     """Both views of one output, [B, C, T, H, W] in the dtype of x."""
@@ -51,137 +52,21 @@ class Prediction(NamedTuple):
     velocity: Tensor  # noise - x0; at t = 0, where only a velocity network defines it, taken at t = 0.001
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm over the whole width (all heads together), float32 inside."""
+class CleanPass(NamedTuple):
+    """A finished chunk whose keys and values the cache still lacks; x0 [B, C, T, H, W], t [B] float64."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D]."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)
-        return normed.to(x.dtype) * self.weight
+    x0: Tensor
+    t: Tensor
+    conditions: Conditions
 
 
-class Attention(nn.Module):
-    """Query, key, value and output maps with q/k-norm; used for self and for text attention."""
+class _Inputs(NamedTuple):
+    """What enters the blocks: tokens [B, T, S, D], time [B, T or 1, D], modulation [.., 6, D], audio [B, T, hidden]."""
 
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
-
-    def split(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, heads, N, head_dim]."""
-        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
-
-    def join(self, x: Tensor) -> Tensor:
-        """[B, heads, N, head_dim] -> output map -> [B, N, D]."""
-        out: Tensor = self.o(rearrange(x, "b h n d -> b n (h d)"))
-        return out
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed, un-rotated keys and plain values of [B, N, D]."""
-        return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Normed, un-rotated queries."""
-        return self.split(self.norm_q(self.q(x)))
-
-
-class ChunkSight(NamedTuple):
-    """What one chunk of a full-sequence call sees: token slices of its queries and of its visible keys."""
-
-    own: slice
-    keys: list[slice]
-    rotation_q: Rotation
-    rotation_k: Rotation
-
-
-class Sight(NamedTuple):
-    """What self attention sees in one call; the same for all blocks."""
-
-    rotation_q: Rotation
-    rotation_k: Rotation
-    mask: Tensor | None
-    backend: Backend
-    chunks: list[ChunkSight] | None = None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rotate and attend, [B, heads, tokens, head_dim]; k is not rotated yet."""
-        if self.chunks is None:
-            return attention(rotate(q, self.rotation_q), rotate(k, self.rotation_k), v, self.mask, backend=self.backend)
-        seen = []
-        for own, keys, rotation_q, rotation_k in self.chunks:
-            window_k, window_v = (torch.cat([x[:, :, part] for part in keys], dim=2) for x in (k, v))
-            rotated_q, rotated_k = rotate(q[:, :, own], rotation_q), rotate(window_k, rotation_k)
-            seen.append(attention(rotated_q, rotated_k, window_v, backend=self.backend))
-        return torch.cat(seen, dim=2)
-
-
-class Block(nn.Module):
-    """Self attention, text attention and feed-forward, modulated by the time embedding."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.self_attn = Attention(dim, config.num_heads)
-        if config.text_dim:
-            self.cross_attn = Attention(dim, config.num_heads)
-            self.norm3 = nn.LayerNorm(dim, eps=EPS)
-        self.norm1 = nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
-        )
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-
-    def forward(
-        self, x: Tensor, time: Tensor, sight: Sight, extend: Extend | None, text: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """x [B, T, S, D], time [B, T or 1, 6, D] -> [B, T, S, D]; text: keys, values [B', heads, L, head_dim]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(dim=2)
-        frames = x.shape[1]
-
-        h = rearrange(_modulate(self.norm1(x), shift1, scale1), "b t s d -> b (t s) d")
-        q, (k, v) = self.self_attn.queries(h), self.self_attn.keys_values(h)
-        if extend is not None:
-            k, v = extend(k, v)
-        x = x + gate1 * rearrange(self.self_attn.join(sight.attend(q, k, v)), "b (t s) d -> b t s d", t=frames)
-
-        if text is not None:
-            q = self.cross_attn.queries(rearrange(self.norm3(x), "b t s d -> b (t s) d"))
-            # Guidance branches share one text: rows are [conditional B; null B].
-            k, v = (row.repeat(len(q) // len(row), 1, 1, 1) if len(row) != len(q) else row for row in text)
-            read = self.cross_attn.join(attention(q, k, v, backend=sight.backend))
-            x = x + rearrange(read, "b (t s) d -> b t s d", t=frames)
-
-        out: Tensor = x + gate2 * self.ffn(_modulate(self.norm2(x), shift2, scale2))
-        return out
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
-
-
-class Head(nn.Module):
-    """Modulated norm and the map to one patch of latent cells."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        patch_cells = config.patch[0] * config.patch[1] * config.patch[2]
-        self.norm = nn.LayerNorm(config.dim, eps=EPS, elementwise_affine=False)
-        self.head = nn.Linear(config.dim, patch_cells * config.latent_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, T, S, D], time [B, T or 1, D] -> [B, T, S, patch cells * C]."""
-        shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(dim=2)
-        out: Tensor = self.head(_modulate(self.norm(x), shift, scale))
-        return out
+    tokens: Tensor
+    time: Tensor
+    modulation: Tensor
+    audio: Tensor
 
 
 def time_sinusoid(t: Tensor, width: int) -> Tensor:
@@ -196,6 +81,7 @@ class DiT(nn.Module):
     """The network; see the module docstring."""
 
     active: Tensor | None
+    active_cells: Tensor | None
 
     def __init__(self, config: DiTConfig, *, backend: Backend = "auto") -> None:
         super().__init__()
@@ -214,10 +100,13 @@ class DiT(nn.Module):
         first, last = config.audio_blocks
         self.audio_proj = AudioPack(config.audio_dim, config.audio_hidden)
         self.audio_cond_projs = nn.ModuleList(nn.Linear(config.audio_hidden, dim) for _ in range(last - first + 1))
-        active = None
+        active, cells = None, None
         if config.active_tokens is not None:
-            active = torch.tensor(config.active_tokens, device="cpu").flatten().nonzero().squeeze(1)
+            chosen = torch.tensor(config.active_tokens, device="cpu")
+            active = chosen.flatten().nonzero().squeeze(1)
+            cells = repeat(chosen, "h w -> (h ph) (w pw)", ph=config.patch[1], pw=config.patch[2])
         self.register_buffer("active", active, persistent=False)
+        self.register_buffer("active_cells", cells, persistent=False)  # [H, W]
         self._rotations = RotationTables(config.head_dim)
         self.reset_parameters()
 
@@ -301,6 +190,7 @@ class DiT(nn.Module):
         frame_positions: Tensor | None = None,
         frame_mask: Tensor | None = None,
         chunk_windows: bool = False,
+        owed: CleanPass | None = None,
     ) -> Prediction:
         """Denoise x [B, C, T, H, W] at time t [B] or [B, T] (float64, 0 = clean, 1 = noise).
 
@@ -309,6 +199,8 @@ class DiT(nn.Module):
         frame_mask [T, T] or [B, T, T]: row may attend to column; default all.
         chunk_windows: treat x as a clip of chunks, each with the window and the positions it has in a rollout (the
         past as noisy as x has it). Diffusion forcing without a train/run mismatch, and cheaper than a mask.
+        owed: first run the clean pass of the chunk before in the same products: one pass over the weights for both,
+        for throughput. The result is that of `remember` and then `predict`.
         """
         batch, _, frames, height, width = x.shape
         rows, columns = self.token_grid(height, width)
@@ -319,26 +211,113 @@ class DiT(nn.Module):
         if store and (cache is None or torch.is_grad_enabled() or cache.batch != batch):
             raise ValueError("store needs a cache of the same batch and torch.no_grad(): stored keys have no gradient")
 
-        time = self.time_embedding(time_sinusoid(t.reshape(batch, -1), self.config.freq_dim).to(self.dtype))
-        modulation = rearrange(self.time_projection(time), "b t (six d) -> b t six d", six=6)
-        tokens = self._embed(x, t, conditions)
-        audio = conditions.audio
-        audio = self.null_audio(batch, frames) if audio is None else audio.to(self.dtype)
-        text = self._text_memory(conditions.text, cache)
-        extends: list[Extend | None] = [None] * len(self.blocks)
+        if owed is not None:
+            if cache is None or store:
+                raise ValueError("owed goes with the cache that the clean pass is owed to, and without store")
+            return self._predict_after(owed, x, t, conditions, cache)
+        inputs = self._inputs(x, t, conditions)
+        text = self._text_keys(conditions.text, cache)
+        extends: list[tuple[Extend | None, ...]]
         if chunk_windows:
             sight = self._chunked_sight(frames, (rows, columns))
+            extends = [(None,) * len(sight.segments)] * len(self.blocks)
+        elif cache is not None:
+            segment, layers = self._cached_segment(batch, cache.window(frames), (rows, columns), cache)
+            sight, extends = Sight((segment,), self.backend), [(extend,) for extend in layers]
         else:
-            sight, extends = self._sight(batch, frames, (rows, columns), cache, frame_positions, frame_mask)
-
-        first, last = self.config.audio_blocks
-        for index, block in enumerate(self.blocks):
-            if first <= index <= last:
-                tokens = tokens + self.audio_cond_projs[index - first](audio).unsqueeze(2)
-            tokens = block(tokens, modulation, sight, extends[index], None if text is None else text[index])
+            sight = self._whole_sight(frames, (rows, columns), frame_positions, frame_mask)
+            extends = [(None,)] * len(self.blocks)
+        tokens = self._through(inputs, sight, extends, text)
         if store and cache is not None:
             cache.advance(frames)
-        return self._prediction(self.head(tokens, time), x, t, conditions)
+        return self._prediction(self.head(tokens, inputs.time), x, t, conditions)
+
+    @torch.no_grad()
+    def remember(self, clean: CleanPass, cache: KVCache) -> None:
+        """The clean pass alone: put the keys and values of a finished chunk into the cache.
+
+        Of the last block only these are computed, and no output.
+        """
+        batch, _, frames, height, width = clean.x0.shape
+        if cache.batch != batch:
+            raise ValueError(f"x0 has {batch} rows, the cache {cache.batch}")
+        inputs = self._inputs(*clean)
+        segment, extends = self._cached_segment(batch, cache.window(frames), self.token_grid(height, width), cache)
+        text = self._text_keys(clean.conditions.text, cache)
+        sight = Sight((segment,), self.backend)
+        tokens = self._through(inputs, sight, [(extend,) for extend in extends], text, blocks=len(self.blocks) - 1)
+        self._last_block.remember(self._hear(-1, tokens, inputs.audio), inputs.modulation, extends[-1])
+        cache.advance(frames)
+
+    def _predict_after(
+        self, owed: CleanPass, x: Tensor, t: Tensor, conditions: Conditions, cache: KVCache
+    ) -> Prediction:
+        """`predict` of a chunk together with the clean pass of the one before: per layer, its keys go first."""
+        batch, _, frames, height, width = x.shape
+        if torch.is_grad_enabled() or not batch == len(owed.x0) == cache.batch:
+            raise ValueError("a joined clean pass needs torch.no_grad() and the cache's batch; run it alone instead")
+        if owed.conditions.text is not conditions.text:
+            raise ValueError("both chunks of a joined call must have the very same text")
+        grid = self.token_grid(height, width)
+        earlier, later = self._inputs(*owed), self._inputs(x, t, conditions)
+        count = earlier.tokens.shape[1]
+        start = cache.latent_frames
+        clean, clean_extends = self._cached_segment(batch, cache.window(count), grid, cache)
+        noisy, noisy_extends = self._cached_segment(batch, cache.window(frames, start + count), grid, cache)
+        border = count * earlier.tokens.shape[2]
+        both = (clean._replace(own=slice(0, border)), noisy._replace(own=slice(border, None)))
+        text = self._text_keys(conditions.text, cache)
+
+        def per_frame(inputs: _Inputs) -> list[Tensor]:
+            times = (part.expand(-1, inputs.tokens.shape[1], *part.shape[2:]) for part in inputs[1:3])
+            return [inputs.tokens, *times, inputs.audio]
+
+        joined = _Inputs(*map(torch.cat, zip(per_frame(earlier), per_frame(later), strict=True), (1,) * 4))
+        extends: list[tuple[Extend | None, ...]] = [*zip(clean_extends, noisy_extends, strict=True)]
+        tokens = self._through(joined, Sight(both, self.backend), extends, text, blocks=len(self.blocks) - 1)
+        tokens = self._hear(-1, tokens, joined.audio)
+        self._last_block.remember(tokens[:, :count], earlier.modulation, clean_extends[-1])
+        sight = Sight((noisy,), self.backend)
+        tokens = self._last_block(tokens[:, count:], later.modulation, sight, (noisy_extends[-1],), text[-1])
+        cache.advance(count)
+        return self._prediction(self.head(tokens, later.time), x, t, conditions)
+
+    def _inputs(self, x: Tensor, t: Tensor, conditions: Conditions) -> _Inputs:
+        batch, _, frames, _, _ = x.shape
+        time = self.time_embedding(time_sinusoid(t.reshape(batch, -1), self.config.freq_dim).to(self.dtype))
+        modulation = rearrange(self.time_projection(time), "b t (six d) -> b t six d", six=6)
+        audio = conditions.audio
+        audio = self.null_audio(batch, frames) if audio is None else audio.to(self.dtype)
+        return _Inputs(self._embed(x, t, conditions), time, modulation, audio)
+
+    def _through(
+        self,
+        inputs: _Inputs,
+        sight: Sight,
+        extends: list[tuple[Extend | None, ...]],
+        text: list[TextKeys | None],
+        blocks: int | None = None,
+    ) -> Tensor:
+        """Tokens behind the first `blocks` blocks (all of them), [B, T, S, D]."""
+        tokens = inputs.tokens
+        for index, block in enumerate(self.blocks[:blocks]):
+            tokens = self._hear(index, tokens, inputs.audio)
+            tokens = block(tokens, inputs.modulation, sight, extends[index], text[index])
+        return tokens
+
+    def _hear(self, index: int, tokens: Tensor, audio: Tensor) -> Tensor:
+        """Add block `index`'s view of the audio to its tokens; most blocks have none."""
+        first, last = self.config.audio_blocks
+        index %= len(self.blocks)
+        if first <= index <= last:
+            tokens = tokens + self.audio_cond_projs[index - first](audio).unsqueeze(2)
+        return tokens
+
+    @property
+    def _last_block(self) -> Block:
+        block = self.blocks[-1]
+        assert isinstance(block, Block)
+        return block
 
     def _embed(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Stack the input channels and embed the (active) patches: [B, T, S, D]."""
@@ -365,56 +344,92 @@ class DiT(nn.Module):
             patches = patches[:, :, self.active]
         return F.linear(patches.to(self.dtype), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
-    def _text_memory(self, text: Tensor | None, cache: KVCache | None) -> list[tuple[Tensor, Tensor]] | None:
+    @torch.no_grad()
+    def prepare_text(self, text: Tensor) -> TextMemory:
+        """Keys and values of a clip's text [B, L, text_dim] for every block; give the result as `Conditions.text`.
+
+        The equal rows of zeros behind the prompt become one key each (spec 1.5: they are attended). Reads the text,
+        so it waits for the device once.
+        """
+        rows, bias = merge_padding(text.to(self.dtype), self.config.text_len)
+        embedded = self.text_embedding(rows)
+        return TextMemory(text=text, layers=[b.cross_attn.keys_values(embedded) for b in self._blocks()], bias=bias)
+
+    def _text_keys(self, text: Tensor | TextMemory | None, cache: KVCache | None) -> list[TextKeys | None]:
         """Text keys and values per block; kept in the cache, but never reused where a gradient must flow."""
         if not self.config.text_dim:
-            return None
+            return [None] * len(self.blocks)
         if text is None:
             raise ValueError("this network has text attention: conditions.text is missing")
-        keep = cache is not None and not torch.is_grad_enabled()
-        if keep and cache is not None and cache.text is not None and cache.text.text is text:
-            return cache.text.layers
-        missing = self.config.text_len - text.shape[1]
-        if missing < 0:
-            raise ValueError(f"text has {text.shape[1]} rows, the network takes {self.config.text_len}")
-        # Rows behind the prompt are zeros, become constants after the biases and are attended: no mask.
-        embedded = self.text_embedding(F.pad(text.to(self.dtype), (0, 0, 0, missing)))
-        layers = [block.cross_attn.keys_values(embedded) for block in self._blocks()]
-        if keep and cache is not None:
-            cache.text = TextMemory(text=text, layers=layers)
-        return layers
+        if not isinstance(text, TextMemory):
+            if cache is None or torch.is_grad_enabled():
+                missing = self.config.text_len - text.shape[1]
+                if missing < 0:
+                    raise ValueError(f"text has {text.shape[1]} rows, the network takes {self.config.text_len}")
+                # Rows behind the prompt are zeros, become constants after the biases and are attended: no mask.
+                embedded = self.text_embedding(F.pad(text.to(self.dtype), (0, 0, 0, missing)))
+                return [TextKeys(*block.cross_attn.keys_values(embedded), None) for block in self._blocks()]
+            if cache.text is None or cache.text.text is not text:
+                cache.text = self.prepare_text(text)
+            text = cache.text
+        if len(text.layers) != len(self.blocks):
+            raise ValueError(f"text was prepared for {len(text.layers)} blocks, the network has {len(self.blocks)}")
+        return [TextKeys(keys, values, text.bias) for keys, values in text.layers]
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
 
-    def _sight(
-        self,
-        batch: int,
-        frames: int,
-        grid: tuple[int, int],
-        cache: KVCache | None,
-        frame_positions: Tensor | None,
-        frame_mask: Tensor | None,
-    ) -> tuple[Sight, list[Extend | None]]:
-        """Rotations, mask and history of this call, fixed before the first block runs."""
+    def fuse_projections(self, fused: bool = True) -> None:
+        """Compute queries, keys and values of self attention in one product (or, with False, in three again).
 
-        def table(positions: tuple[int, ...]) -> Rotation:
-            return self._rotations.get(positions, *grid, self.active, self.device)
+        For inference. Names and values of `state_dict` stay; memory, too, but for one layer while it works.
+        """
+        for block in self._blocks():
+            if fused:
+                block.self_attn.fuse()
+            else:
+                block.self_attn.unfuse()
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the repeated block, once for all layers; options go to `torch.compile` (backend, mode).
+
+        Shapes are those of the calls: the first, second and third chunk compile, no later one does.
+        """
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False, **options)
+
+    def prepare_rollout(self, cache: KVCache, height: int, width: int) -> None:
+        """Make every table that the chunks of a rollout will need, so that no call has to send one to the device."""
+        grid = self.token_grid(height, width)
+        if cache.window_latent_frames is not None:
+            for window in cache.arrangements(self.config.chunk_latent_frames):
+                cache.extend_in_place(0, window)
+                for positions in (window.own_positions, window.in_slot_order, window.past_then_own):
+                    self._rotations.get(positions, *grid, self.active, self.device)
+
+    def _cached_segment(
+        self, batch: int, window: Window, grid: tuple[int, int], cache: KVCache
+    ) -> tuple[Segment, list[Extend]]:
+        """What a chunk with a history sees, and where its keys go layer by layer; fixed before the first block."""
+        if batch % cache.batch:
+            raise ValueError(f"batch {batch} is not a multiple of the cache's {cache.batch}")
+        in_place = batch == cache.batch and not torch.is_grad_enabled()
+        own, keys = (
+            self._rotations.get(positions, *grid, self.active, self.device)
+            for positions in (window.own_positions, window.in_slot_order if in_place else window.past_then_own)
+        )
+        segment = Segment(slice(None), None, own, keys)
         layers = range(self.config.num_layers)
-        if cache is not None:
-            window = cache.window(frames)
-            if batch % cache.batch:
-                raise ValueError(f"batch {batch} is not a multiple of the cache's {cache.batch}")
-            in_place = batch == cache.batch and not torch.is_grad_enabled()
-            keys = table(window.in_slot_order if in_place else window.past_then_own)
-            sight = Sight(table(window.own_positions), keys, None, self.backend)
-            if in_place:
-                return sight, [cache.extend_in_place(layer, window) for layer in layers]
-            return sight, [cache.extend_copy(layer, window, batch // cache.batch) for layer in layers]
+        if in_place:
+            return segment, [cache.extend_in_place(layer, window) for layer in layers]
+        return segment, [cache.extend_copy(layer, window, batch // cache.batch) for layer in layers]
 
+    def _whole_sight(
+        self, frames: int, grid: tuple[int, int], frame_positions: Tensor | None, frame_mask: Tensor | None
+    ) -> Sight:
+        """A call without history."""
         if frame_positions is None:
-            own = table(tuple(range(frames)))
+            own = self._rotations.get(tuple(range(frames)), *grid, self.active, self.device)
         else:
             own = self._rotations.make(frame_positions.to(self.device), *grid, self.active)
         mask = None
@@ -422,24 +437,26 @@ class DiT(nn.Module):
             tokens = grid[0] * grid[1] if self.active is None else len(self.active)
             mask = repeat(frame_mask.to(self.device), "... q k -> ... (q a) (k b)", a=tokens, b=tokens)
             mask = mask.reshape(-1, 1, frames * tokens, frames * tokens)
-        return Sight(own, own, mask, self.backend), [None] * len(layers)
+        return Sight((Segment(slice(None), None, own, own, mask),), self.backend)
 
     def _chunked_sight(self, frames: int, grid: tuple[int, int]) -> Sight:
         """The windows of all chunks of a clip with window-relative positions."""
         config = self.config
         tokens = grid[0] * grid[1] if self.active is None else len(self.active)
-        chunks = []
+
+        def table(positions: tuple[int, ...]) -> Rotation:
+            return self._rotations.get(positions, *grid, self.active, self.device)
+
+        segments = []
         for window in chunk_windows_of(
             frames, config.chunk_latent_frames, config.window_latent_frames, config.sink_latent_frames
         ):
             positions = tuple(range(len(window.visible)))
-            own = len(positions) - (window.end - window.start)
-            keys = [slice(f * tokens, (f + n) * tokens) for f, _, n in runs(window.visible)]
-            rotation_q, rotation_k = (
-                self._rotations.get(which, *grid, self.active, self.device) for which in (positions[own:], positions)
-            )
-            chunks.append(ChunkSight(slice(window.start * tokens, window.end * tokens), keys, rotation_q, rotation_k))
-        return Sight(chunks[0].rotation_q, chunks[0].rotation_k, None, self.backend, chunks)
+            first_own = len(positions) - (window.end - window.start)
+            keys = tuple(slice(f * tokens, (f + n) * tokens) for f, _, n in runs(window.visible))
+            own = slice(window.start * tokens, window.end * tokens)
+            segments.append(Segment(own, keys, table(positions[first_own:]), table(positions)))
+        return Sight(tuple(segments), self.backend)
 
     def _prediction(self, patches: Tensor, x: Tensor, t: Tensor, conditions: Conditions) -> Prediction:
         """Patches [B, T, S, (ph pw C)] -> x0 and velocity; inactive cells come from the conditions."""
@@ -458,19 +475,11 @@ class DiT(nn.Module):
             x0 = (x - time * output).to(x.dtype)
         else:
             x0 = output if kind == "x0" else conditions.ref_sequence.to(x.dtype) + output
-        if self.active is not None:
+        if self.active_cells is not None:
             kept = conditions.ref_sequence if kind == "reference_residual" else conditions.masked_video
-            x0 = torch.where(self._active_cells(rows, columns), x0, kept.to(x.dtype))
+            x0 = torch.where(self.active_cells, x0, kept.to(x.dtype))
         if self.config.keep_known:
             x0 = torch.where(conditions.mask > 0, x0, conditions.masked_video.to(x.dtype))
         elif kind == "velocity" and self.active is None:
             return Prediction(x0, output)
         return Prediction(x0, ((x - x0) / time.clamp(min=1e-3)).to(x.dtype))
-
-    def _active_cells(self, rows: int, columns: int) -> Tensor:
-        """Boolean map [H, W] of the latent cells that are computed."""
-        assert self.active is not None
-        cells = torch.zeros(rows * columns, dtype=torch.bool, device=self.device)
-        cells[self.active] = True
-        _, ph, pw = self.config.patch
-        return repeat(cells, "(h w) -> (h ph) (w pw)", h=rows, ph=ph, pw=pw)

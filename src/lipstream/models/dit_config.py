@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lipstream.streaming.kv_cache import TextMemory
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
@@ -102,7 +104,7 @@ class Conditions:
     masked_video: Tensor  # [B, C, T, H, W], the source with the mouth area zeroed
     ref_sequence: Tensor  # [B, C, T, H, W], unmasked reference clip, frame aligned
     audio: Tensor | None = None  # [B, T, audio_hidden] from `pack_audio`; None = silence, the null branch
-    text: Tensor | None = None  # [B, L, text_dim]
+    text: Tensor | TextMemory | None = None  # [B, L, text_dim], or prepared once by `DiT.prepare_text`
 
     @property
     def latent_frames(self) -> int:

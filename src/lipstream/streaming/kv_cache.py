@@ -7,20 +7,52 @@ can be given a new temporal position in each window ("dynamic RoPE"): sink 0, pr
 
 Layout per layer: [B, heads, slots * tokens, head_dim]. Latent frame f lives in slot f (sink) or in the ring
 behind it. A chunk's own slots are exactly those whose frames leave its window, so denoising calls may write
-there as scratch: the visible keys are then a contiguous prefix of the buffer and nothing is copied. All
-indices are Python ints: no device synchronisation, and constant shapes from chunk 2 on.
+there as scratch: the visible keys are then a contiguous prefix of the buffer and nothing is copied.
+
+Nothing waits for the device: lengths are Python ints, constant from the third chunk on, and the slots to write,
+which change from chunk to chunk, enter as index tensors that are made once per arrangement. So one compiled or
+captured call serves every later chunk. A limited cache never moves its buffers: `restore` and `reset` keep them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-#: (keys, values) of the own tokens -> (keys, values) of the whole window; both [B, heads, tokens, head_dim].
-Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+class InPlace(NamedTuple):
+    """One layer's buffers and where the own tokens go; see `KVCache.extend_in_place`."""
+
+    keys: Tensor  # [B, heads, slots * tokens, head_dim]
+    values: Tensor
+    own: Tensor  # [own tokens] places in the buffers
+    visible_tokens: int
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the own keys and values, see all visible ones; [B, heads, tokens, head_dim] in and out."""
+        self.keys.index_copy_(2, self.own, k)
+        self.values.index_copy_(2, self.own, v)
+        return self.keys[:, :, : self.visible_tokens], self.values[:, :, : self.visible_tokens]
+
+
+class Copied(NamedTuple):
+    """A copy of one layer's visible past; see `KVCache.extend_copy`."""
+
+    keys: Tensor
+    values: Tensor
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The past with the own keys and values behind it; [B, heads, tokens, head_dim] in and out."""
+        return torch.cat((self.keys, k), dim=2), torch.cat((self.values, v), dim=2)
+
+
+#: (keys, values) of the own tokens -> (keys, values) of the whole window.
+Extend = InPlace | Copied
 
 
 @dataclass(frozen=True)
@@ -49,10 +81,14 @@ class Window:
 
 @dataclass(kw_only=True)
 class TextMemory:
-    """Cross attention keys and values of one clip's text, computed once."""
+    """Cross attention keys and values of one clip's text, computed once (`DiT.prepare_text`).
+
+    bias: what each key's logit is raised by, [keys]: one key can stand for n equal ones. None: nothing.
+    """
 
     text: Tensor
     layers: list[tuple[Tensor, Tensor]]
+    bias: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -96,6 +132,17 @@ class KVCache:
         # An unlimited cache starts with a few seconds and doubles.
         self._keys = [self._allocate(self.window_latent_frames or 24) for _ in range(self.layers)]
         self._values = [torch.zeros_like(k) for k in self._keys]
+        self._places: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all keys and values: 2 x layers x window x tokens x width x bytes of a number (x batch)."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def buffers(self) -> Iterator[Tensor]:
+        """The key and value buffers of all layers."""
+        yield from self._keys
+        yield from self._values
 
     def _allocate(self, slots: int) -> Tensor:
         shape = (self.batch, self.heads, slots * self.tokens_per_latent_frame, self.head_dim)
@@ -120,9 +167,12 @@ class KVCache:
             )
         return tuple(range(sink)) + tuple(range(max(sink, start - room), start))
 
-    def window(self, own_latent_frames: int) -> Window:
-        """The window of the next chunk; the same for every call of that chunk until `advance`."""
-        start = self.latent_frames
+    def window(self, own_latent_frames: int, start: int | None = None) -> Window:
+        """The window of the next chunk; the same for every call of that chunk until `advance`.
+
+        start: of another chunk, that begins at this latent frame.
+        """
+        start = self.latent_frames if start is None else start
         own = tuple(range(start, start + own_latent_frames))
         past = self._visible_past(start, own_latent_frames)
         frames = past + own
@@ -136,21 +186,22 @@ class KVCache:
             past_positions=positions[: len(past)],
         )
 
+    def arrangements(self, own_latent_frames: int) -> Iterator[Window]:
+        """Every kind of window that chunks of one length will have: the first ones, then one turn of the ring."""
+        seen: set[tuple[tuple[int, ...], ...]] = set()
+        for start in itertools.count(0, own_latent_frames):
+            window = self.window(own_latent_frames, start)
+            kind = (window.own_slots, window.past_slots)
+            if kind in seen:
+                return
+            seen.add(kind)
+            yield window
+
     def extend_in_place(self, layer: int, window: Window) -> Extend:
         """Write the own keys to their slots and see the buffer itself: inference, keys in `in_slot_order`."""
         self._reserve(layer, max(window.own_slots) + 1)
-        tokens = self.tokens_per_latent_frame
-        end = (len(window.past_slots) + len(window.own_slots)) * tokens
-
-        def extend(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            for slot, source, length in runs(window.own_slots):
-                at = slice(slot * tokens, (slot + length) * tokens)
-                of = slice(source * tokens, (source + length) * tokens)
-                self._keys[layer][:, :, at] = k[:, :, of]
-                self._values[layer][:, :, at] = v[:, :, of]
-            return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
-
-        return extend
+        end = (len(window.past_slots) + len(window.own_slots)) * self.tokens_per_latent_frame
+        return InPlace(self._keys[layer], self._values[layer], self._own_places(window.own_slots), end)
 
     def extend_copy(self, layer: int, window: Window, repeats: int = 1) -> Extend:
         """Append the own keys to a copy of the past: gradients, or `repeats` branches over one history.
@@ -161,11 +212,7 @@ class KVCache:
         past_k, past_v = (self._gather(buffers[layer], window.past_slots) for buffers in (self._keys, self._values))
         if repeats > 1:
             past_k, past_v = past_k.repeat(repeats, 1, 1, 1), past_v.repeat(repeats, 1, 1, 1)
-
-        def extend(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-
-        return extend
+        return Copied(past_k, past_v)
 
     def advance(self, own_latent_frames: int) -> None:
         """Keep the own frames written last: the end of the clean pass."""
@@ -194,8 +241,11 @@ class KVCache:
         if len(snapshot.keys) != self.layers or snapshot.keys[0].shape[:2] != self._keys[0].shape[:2]:
             raise ValueError("snapshot is of a cache with other layers, batch or heads")
         self.latent_frames, self.text = snapshot.latent_frames, snapshot.text
-        self._keys = [k.clone() for k in snapshot.keys]
-        self._values = [v.clone() for v in snapshot.values]
+        for buffers, saved in ((self._keys, snapshot.keys), (self._values, snapshot.values)):
+            for layer, content in enumerate(saved):
+                if buffers[layer].shape != content.shape:  # an unlimited cache of another length
+                    buffers[layer] = torch.empty_like(content)
+                buffers[layer].copy_(content)  # in place: captured graphs know the buffers by their address
 
     def reset(self) -> None:
         """Forget everything; buffers stay allocated."""
@@ -208,6 +258,17 @@ class KVCache:
         if not slots:
             return buffer[:, :, :0]
         return torch.cat([buffer[:, :, s * tokens : (s + n) * tokens] for s, _, n in runs(slots)], dim=2)
+
+    def _own_places(self, slots: tuple[int, ...]) -> Tensor:
+        """Places [own tokens] of these slots in the buffers. A ring has few arrangements, so all are kept."""
+        if slots not in self._places:
+            if self.window_latent_frames is None:
+                self._places.clear()  # no ring: these slots never come again
+            tokens = self.tokens_per_latent_frame
+            places = [place for slot in slots for place in range(slot * tokens, (slot + 1) * tokens)]
+            with torch.inference_mode(False):  # must also serve outside of inference mode
+                self._places[slots] = torch.tensor(places, dtype=torch.long, device=self.device)
+        return self._places[slots]
 
     def _reserve(self, layer: int, slots: int) -> None:
         tokens = self.tokens_per_latent_frame
