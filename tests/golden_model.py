@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from lipstream.models.dit import Conditions, DiT, DiTConfig
@@ -20,7 +21,7 @@ GOLDEN_CONFIG = DiTConfig(
 @cache
 def vectors(name: str) -> dict[str, Tensor]:
     """Tensors of one golden file."""
-    return load_file(FOLDER / f"{name}.safetensors")
+    return load(lzma.decompress((FOLDER / f"{name}.safetensors.xz").read_bytes()))
 
 
 def golden_model() -> DiT:

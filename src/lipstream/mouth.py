@@ -173,9 +173,7 @@ class Take:
         """
         opening = self.model.ruler.opening(fields)
         groups = opening if self._rollout.chunk else torch.cat([opening[:1].expand(FRAMES_PER_LATENT - 1), opening])
-        for frame, value in zip(
-            z.unbind(2), groups.unflatten(0, (-1, FRAMES_PER_LATENT)).mean(1).tolist(), strict=True
-        ):
+        for frame, value in zip(z.unbind(2), means.tolist(), strict=True):
             free = self._codec.pose_free(frame)
             if self._shut is None or value < self._shut[0]:
                 self._shut = value, free
