@@ -28,7 +28,10 @@ from lipstream.pipeline import Progress, SyncReport
 
 # The face of the program: another flag is a decision, and this list is where it is taken.
 FLAGS = {
-    "sync": {"--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose"},
+    "sync": {
+        "--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose",
+        "--device", "--dtype", "--decoder", "--mask", "--memory",
+    },
     "demo": {"--output", "--model", "--seed", "--threads", "--verbose"},
     "doctor": {"--no-speed", "--verbose"},
     "pull": {"--folder", "--mirror", "--from-folder", "--only", "--accept", "--yes", "--verbose"},
@@ -53,9 +56,10 @@ class Copier:
     """Stands in for `LipSync`: copies the video, calls every third frame faceless."""
 
     fails_with: BaseException | None = None
+    engine = None
 
     @classmethod
-    def from_pretrained(cls, model: str, *, seed: int = 0, threads: int | None = None) -> Copier:
+    def from_pretrained(cls, model: str, *, seed: int = 0, threads: int | None = None, **options: object) -> Copier:
         if model != "pocket":
             raise ValueError(f"unknown model '{model}'")
         return cls()

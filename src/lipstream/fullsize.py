@@ -99,7 +99,8 @@ class FullSizeModel:
         self.mask, self.size, self.guidance = mask, size, guidance
         self.cells = size // CELL_PX
         device = dit.device
-        self.text = None if text is None else text.to(device, dit.dtype)
+        with torch.inference_mode():  # keys and values of the prompt, once for all takes
+            self.text = None if text is None else dit.prepare_text(text.to(device, dit.dtype))
         cells = torch.from_numpy(mask.latent_regenerate(self.cells, self.cells))
         self.mask_cells = cells[None, None, None].to(device, dit.dtype)  # 1 = regenerate
         self.kept_pixels = torch.from_numpy(mask.pixel_keep(size)).to(device)  # 1 = keep

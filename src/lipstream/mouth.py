@@ -173,6 +173,7 @@ class Take:
         """
         opening = self.model.ruler.opening(fields)
         groups = opening if self._rollout.chunk else torch.cat([opening[:1].expand(FRAMES_PER_LATENT - 1), opening])
+        means = rearrange(groups, "(t f) -> t f", f=FRAMES_PER_LATENT).mean(1)
         for frame, value in zip(z.unbind(2), means.tolist(), strict=True):
             free = self._codec.pose_free(frame)
             if self._shut is None or value < self._shut[0]:

@@ -35,7 +35,8 @@ from lipstream.session import Observed, SyncedFrame
 log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
-MODELS = ("pocket",)
+BUILT_IN = ("pocket",)
+FULL_SIZE = ("lipforcing-14b",)
 _AHEAD = 16  # frames between two stages
 
 
@@ -93,26 +94,57 @@ class LipSync:
         self.engine, self.name, self.seed = engine, name, seed
 
     @classmethod
-    def from_pretrained(cls, model: PathLike = "pocket", *, seed: int = 0, threads: int | None = None) -> LipSync:
+    def from_pretrained(
+        cls,
+        model: PathLike = "pocket",
+        *,
+        seed: int = 0,
+        threads: int | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        decoder: str | None = None,
+        mask: PathLike | None = None,
+        memory_gb: float | None = None,
+    ) -> LipSync:
         """Load a model by name or from a folder.
 
         Args:
-            model: "pocket" (inside the package) or a folder with dit, codec and speech .safetensors.
+            model: "pocket" (inside the package), "lipforcing-14b" (what `lipstream pull` fetched), or a folder with the
+                files of either kind.
             seed: of all noise; the same seed gives the same video.
             threads: CPU threads of the networks; default 1, which leaves the other cores to the other stages.
+            device: torch device of a full-size model; default "cpu".
+            dtype: default bfloat16 where it is fast, else float32; bfloat16 at full size.
+            decoder: of a full-size model, "tae" (default) or "wan".
+            mask: of a full-size model, "built-in" or a file; default: the `mask.png` of its folder.
+            memory_gb: what a full-size model may use; default: what is free.
 
         Raises:
-            ValueError: unknown name, or files that do not fit.
+            ValueError: unknown name, files that do not fit, not enough memory, or an option of another kind of model.
         """
-        folder = Path(model)
-        if str(model) in MODELS:
-            folder = Path(__file__).parent / "assets" / str(model)
-        elif not folder.is_dir():
-            raise ValueError(f"unknown model '{model}': not a folder, and the built-in models are {', '.join(MODELS)}")
+        folder, name = _folder_of(model), str(model)
         torch.set_num_threads(threads or 1)
-        dtype = torch.bfloat16 if _fast_bfloat16() else torch.float32
-        log.info("model %s from %s, cpu, %s, %d thread(s)", model, folder, dtype, torch.get_num_threads())
-        return cls(CanvasEngine(MouthModel.load(folder, dtype)), str(model), seed)
+        if (folder / "codec.safetensors").exists():
+            given = {"device": device not in (None, "cpu"), "decoder": decoder, "mask": mask, "memory_gb": memory_gb}
+            wrong = [option for option, value in given.items() if value]
+            if wrong:
+                raise ValueError(f"model '{name}' has no option {', '.join(wrong)}: it runs on the CPU as it is")
+            if dtype is None:
+                dtype = torch.bfloat16 if _fast_bfloat16() else torch.float32
+            log.info("model %s from %s, cpu, %s, %d thread(s)", name, folder, dtype, torch.get_num_threads())
+            return cls(CanvasEngine(MouthModel.load(folder, dtype)), name, seed)
+        from lipstream.fullsize_engine import DECODERS, FullSizeEngine, FullSizeOptions
+
+        if decoder not in (None, *DECODERS):
+            raise ValueError(f"unknown decoder '{decoder}': there are {', '.join(DECODERS)}")
+        options = FullSizeOptions(
+            device=device or "cpu",
+            dtype=dtype or torch.bfloat16,
+            decoder="wan" if decoder == "wan" else "tae",
+            mask=mask,
+            memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
+        )
+        return cls(FullSizeEngine.load(folder, options), name, seed)
 
     def __call__(
         self,
@@ -213,6 +245,25 @@ class LipSync:
                 if progress is not None:
                     progress(_progress(done, total, clock.started))
                 yield frame
+
+
+def _folder_of(model: PathLike) -> Path:
+    """Where a model's files lie.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if str(model) in BUILT_IN:
+        return Path(__file__).parent / "assets" / str(model)
+    folder = Path(model)
+    if str(model) in FULL_SIZE and not folder.is_dir():
+        folder = Path.home() / ".cache" / "lipstream" / str(model)
+        if not folder.is_dir():
+            raise ValueError(f"model '{model}' is not on this machine ({folder}); fetch it: lipstream pull {model}")
+    if not folder.is_dir():
+        names = ", ".join((*BUILT_IN, *FULL_SIZE))
+        raise ValueError(f"unknown model '{model}': not a folder, and the known models are {names}")
+    return folder
 
 
 def _progress(done: int, total: int | None, started: float) -> Progress:

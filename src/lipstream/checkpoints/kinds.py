@@ -14,11 +14,14 @@ from typing import Any
 from torch import nn
 
 from lipstream.checkpoints.keys import KeyMap, best_map
+from lipstream.checkpoints.keys_codecs import TAE_OFFICIAL, VAE_DIFFUSERS, VAE_OFFICIAL, infer_tae, infer_vae
 from lipstream.checkpoints.keys_dit import FORMATS, infer_config
 from lipstream.checkpoints.sources import TensorSource
 from lipstream.checkpoints.strict import CheckpointError, TensorSpec
 from lipstream.models.dit import DiT
 from lipstream.models.dit_config import DiTConfig
+from lipstream.models.tae import TAE, TAEConfig
+from lipstream.models.wan_vae import WanVAE, WanVAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,22 @@ def _dit_kind(name: str) -> Kind:
 
 # One network; the name tells what it was trained to do (and the sampler how to run it).
 STUDENT, TEACHER = _dit_kind("student"), _dit_kind("teacher")
+WAN_VAE = Kind(
+    name="wan-vae",
+    build=lambda config: WanVAE(WanVAEConfig.from_dict(config)),
+    infer=infer_vae,
+    formats=(VAE_OFFICIAL, VAE_DIFFUSERS),
+    licence="Apache-2.0",
+)
+TINY_AUTOENCODER = Kind(
+    name="tae",
+    build=lambda config: TAE(TAEConfig.from_dict(config)),
+    infer=infer_tae,
+    formats=(TAE_OFFICIAL,),
+    licence="MIT",
+)
 
-KINDS = _by_name(STUDENT, TEACHER)
+KINDS = _by_name(STUDENT, TEACHER, WAN_VAE, TINY_AUTOENCODER)
 
 
 def kind_named(name: str) -> Kind:

@@ -26,7 +26,7 @@ from lipstream.media.opening import open_media, picture_stream, seconds
 
 if TYPE_CHECKING:  # importing the pipeline loads torch: `--help` and a mistyped file name should not wait for that
     from lipstream.checkpoints.hashing import Report
-    from lipstream.pipeline import Progress, SyncReport
+    from lipstream.pipeline import LipSync, Progress, SyncReport
 
 EXIT_OK = 0
 EXIT_FAILED = 1  # a check failed, or a bug of ours
@@ -65,6 +65,39 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=positive, help="CPU threads of the networks (default: 1; the other stages use other cores)"
     )
+
+
+def add_full_size(parser: argparse.ArgumentParser) -> None:
+    """The options that only full-size models have."""
+    group = parser.add_argument_group("full-size models")
+    group.add_argument("--device", help="torch device: cpu (default), cuda, cuda:1")
+    group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the networks")
+    group.add_argument("--decoder", choices=("tae", "wan"), help="tae (default) is fast, wan a little finer")
+    group.add_argument("--mask", metavar="FILE", help="mouth mask: built-in or a file (default: mask.png of the model)")
+    group.add_argument("--memory", type=float, metavar="GB", help="what may be used (default: what is free)")
+
+
+def load_model(args: argparse.Namespace) -> LipSync:
+    """The model that the options of `add_model` and `add_full_size` name; says what memory a large one takes."""
+    import torch
+
+    from lipstream.pipeline import LipSync
+
+    lipsync = LipSync.from_pretrained(
+        args.model,
+        seed=args.seed,
+        threads=args.threads,
+        device=args.device,
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        decoder=args.decoder,
+        mask=args.mask,
+        memory_gb=args.memory,
+    )
+    need = getattr(lipsync.engine, "need", None)
+    if need is not None:
+        parts = ", ".join(f"{part} {size_text(count)}" for part, count in need.table())
+        print(f"{args.model}: takes about {size_text(need.total)} of memory ({parts})", file=sys.stderr)
+    return lipsync
 
 
 def positive(text: str) -> int:

@@ -9,7 +9,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lipstream.cli.common import EXIT_OK, UsageError, add_model, add_verbose, show_progress, silence_tflite, summary
+from lipstream.cli.common import (
+    EXIT_OK,
+    UsageError,
+    add_full_size,
+    add_model,
+    add_verbose,
+    load_model,
+    show_progress,
+    silence_tflite,
+    summary,
+)
 from lipstream.media.opening import open_media
 
 DESCRIPTION = (
@@ -26,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("audio", type=Path, metavar="AUDIO", help="the speech: a sound file, or a video with sound")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="result: .mp4, .mov or .mkv")
     add_model(parser)
+    add_full_size(parser)
     parser.add_argument("--crf", type=int, default=16, help="quality of the video, lower is better (default: 16)")
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     add_verbose(parser)
@@ -38,10 +49,8 @@ def run(args: argparse.Namespace) -> int:
     open_media(args.video, need="video").close()  # a wrong file is reported before torch is loaded
     open_media(args.audio, need="audio").close()
 
-    from lipstream.pipeline import LipSync
-
     silence_tflite()
-    lipsync = LipSync.from_pretrained(args.model, seed=args.seed, threads=args.threads)
+    lipsync = load_model(args)
     with show_progress() as report:
         result = lipsync(args.video, args.audio, args.output, crf=args.crf, progress=report)
     print(summary(result))

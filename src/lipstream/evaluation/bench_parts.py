@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lipstream.evaluation.costs import DiTCosts
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES, MODEL_FPS, SPEECH_RATE
+from lipstream.memory import free_bytes
 from lipstream.models.audio import SpeechEncoder
 from lipstream.models.codec import PocketCodec
 from lipstream.models.dit import FLAVOURS, Conditions, DiT, DiTConfig
@@ -158,19 +159,6 @@ def _check_memory(config: DiTConfig, cells: int, device: torch.device, dtype: to
         raise ValueError(
             f"needs about {need / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free: use --layers to run fewer blocks"
         )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that a process may still take; None where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 # ------------------------------------------------------------------------ codecs
