@@ -1,0 +1,126 @@
+"""The official sizes behind `LipSync`: tiny files in the official format go through the small model's pipeline."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lipstream.checkpoints.convert import convert
+from lipstream.fullsize_engine import FileRows
+from lipstream.media.reader import VideoReader
+from lipstream.pipeline import LipSync
+from lipstream.session import SyncedFrame
+from official_files import write_official_folder
+from wav2vec_networks import random_features
+
+DEMO = Path(str(resources.files("lipstream"))) / "assets" / "demo"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_official_folder(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half a second of speech."""
+    import wave
+
+    path = tmp_path_factory.mktemp("speech") / "short.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        noise = np.random.default_rng(0).normal(0, 3000, 7_000)
+        file.writeframes(noise.astype("<i2").tobytes())
+    return path
+
+
+def load(folder: Path, **options: object) -> LipSync:
+    return LipSync.from_pretrained(folder, dtype=torch.float32, mask="built-in", **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def streamed(folder: Path, short: Path) -> list[SyncedFrame]:
+    return list(load(folder).stream(DEMO / "clip.mp4", short))
+
+
+def test_a_video_goes_through_at_full_size(streamed: list[SyncedFrame]) -> None:
+    source = VideoReader(DEMO / "clip.mp4")
+    assert [frame.synced for frame in streamed] == [True] * 11
+    for before, after in zip(source, streamed, strict=False):
+        assert after.patch is not None and after.frame.size == before.size
+        left, top, right, bottom = after.patch.box
+        changed = np.any(before.image != after.frame.image, -1)
+        assert changed[top:bottom, left:right].mean() > 0.3  # random weights paint a mouth of noise ...
+        changed[top:bottom, left:right] = False
+        assert not changed.any()  # ... and nothing but a mouth
+
+
+def test_a_converted_student_writes_the_same_to_a_file(
+    folder: Path, short: Path, tmp_path: Path, streamed: list[SyncedFrame]
+) -> None:
+    convert([folder / "lipforcing_1.3b.pth"], tmp_path / "model" / "student", kind="student")
+    for name in ("Wan2.1_VAE.pth", "taew2_1.pth", "wav2vec2-base-960h", "prompt.safetensors"):
+        (tmp_path / "model" / name).symlink_to(folder / name)
+    report = load(tmp_path / "model")(DEMO / "clip.mp4", short, tmp_path / "out.mp4")
+    result = list(VideoReader(tmp_path / "out.mp4"))
+    assert report.frames == report.synced_frames == len(result) == 11
+    for one, two in zip(streamed, result, strict=True):
+        assert np.abs(one.frame.image.astype(int) - two.image).mean() < 3  # the encoder's loss
+
+
+def test_the_wan_decoder_is_another_choice(folder: Path) -> None:
+    engine = load(folder, decoder="wan").engine
+    assert engine.model.decoder is engine.model.encoder  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mask": None}, "mask.png"),
+        ({"memory_gb": 0.001}, "not enough memory"),
+        ({"decoder": "jpeg"}, "unknown decoder"),
+        ({"device": "cuda"}, "no GPU"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(
+    folder: Path, options: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("lipstream.checkpoints.convert.Assembled.load", lambda self: pytest.fail("loaded"))
+    wanted = {"mask": "built-in", **options}
+    with pytest.raises(ValueError, match=said) as caught:
+        LipSync.from_pretrained(folder, **wanted)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "missing", ["lipforcing_1.3b.pth", "Wan2.1_VAE.pth", "wav2vec2-base-960h", "prompt.safetensors"]
+)
+def test_a_missing_file_is_named(folder: Path, missing: str, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != missing:
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(ValueError, match=missing.split(".")[0].split("_")[0]):
+        load(tmp_path)
+
+
+def test_options_of_full_size_models_are_refused_by_the_small_one() -> None:
+    with pytest.raises(ValueError, match="mask"):
+        LipSync.from_pretrained("pocket", mask="built-in")
+    with pytest.raises(ValueError, match="lipstream pull"):
+        LipSync.from_pretrained("lipforcing-14b")
+
+
+def test_rows_of_a_file_are_the_offline_ones_and_the_last_one_is_held() -> None:
+    features, samples = random_features(), torch.randn(1, 10_000) * 0.1
+    parts = iter([samples[0, :4_000].numpy(), samples[0, 4_000:].numpy(), np.zeros(0, np.float32)])
+    rows = FileRows(features, lambda count: next(parts))
+    expected = features(samples, 16)[0]
+    torch.testing.assert_close(rows(0, 9), expected[:9])
+    torch.testing.assert_close(rows(9, 21), torch.cat([expected[9:], expected[-1:].expand(5, -1)]))
