@@ -37,7 +37,9 @@ def pins() -> dict[str, str]:
 def requirements() -> list[Requirement]:
     """Everything that pyproject.toml asks for, extras included."""
     extras = PROJECT["optional-dependencies"]
-    return [Requirement(text) for text in [*PROJECT["dependencies"], *extras["synth"], *extras["dev"]]]
+    return [
+        Requirement(text) for text in [*PROJECT["dependencies"], *(text for extra in extras.values() for text in extra)]
+    ]
 
 
 @pytest.fixture(scope="module")

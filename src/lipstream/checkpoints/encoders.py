@@ -31,6 +31,7 @@ from lipstream.models.syncnet import FLAVOURS as SYNCNETS
 from lipstream.models.syncnet import SyncNet, SyncNetConfig
 from lipstream.models.text import FLAVOURS as TEXTS
 from lipstream.models.text import PromptEmbedding, PromptEncoder, PromptTokenizer, TextConfig
+from lipstream.models.wav2vec_features import FLAVOURS as SPEECH
 from lipstream.models.wav2vec_features import Attention, SpeechFeatures, Wav2VecConfig
 
 EMBEDDING_FORMAT = "lipstream prompt embedding 1"
@@ -41,14 +42,17 @@ SHOWN = 8  # differences in a message
 
 
 def load_speech_features(folder: Path | str, attention: Attention = "sdpa") -> SpeechFeatures:
-    """The official speech features of a Hub-style folder (config.json, model.safetensors), float32, without gradients.
+    """The official speech features of a Hub-style folder, float32, without gradients.
+
+    The folder holds model.safetensors and, unless the network is wav2vec2-base-960h itself, its config.json.
 
     Raises:
         ValueError: a file is missing or damaged, another kind of network, or tensors that do not fit.
     """
     folder = Path(folder)
-    path = folder / "model.safetensors"
-    config = Wav2VecConfig.from_hub(_read_json(folder / "config.json"))
+    path, about = folder / "model.safetensors", folder / "config.json"
+    # `lipstream pull` fetches the weights alone; loading is strict, so another network is not taken for this one.
+    config = Wav2VecConfig.from_hub(_read_json(about)) if about.exists() else SPEECH["official"]
     tensors = _read_safetensors(path)[0]
     names = wav2vec2_names(tensors)
     with torch.device("meta"):
