@@ -17,8 +17,8 @@ from torch import Tensor
 from lipstream.faces.canvas import FaceCanvas
 
 # All distances are crop px beyond the lips at rest: a tracker reads 0.3 on some closed mouths and 4 on others.
-PARTED_PX = (0.5, 2.2)  # from which, and up to which, the inside fades in
-WORTH_PX = 1.2  # a source mouth this open is worth remembering
+PARTED_PX = (0.1, 1.0)  # from which, and up to which, the inside fades in
+WORTH_PX = 0.8  # a source mouth this open is worth remembering
 HIGHEST_REST_PX = 5.0
 OPENING_STEPS_PX = (2.5, 4.0, 6.0, 9.0, 13.0)
 SPREAD_STEPS_PX = (-2.5, 2.5)  # mouth width against its running mean
