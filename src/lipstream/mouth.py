@@ -7,6 +7,7 @@ a live session pushes frames into one; both call :meth:`Take.step` with 9 pixel 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ OFFSET_RATE = 0.04  # per pixel frame: a time constant of one second
 CLOSED_GAP_PX = 13.0  # the canvas' rest mouth is that much more open than a closed one (crop px)
 LIPS_PART_PX = 4.0  # from here on the inside is fully visible
 SHOWS_INSIDE_PX = 4.0  # a source mouth this open is worth remembering
+WIDEST_FACTOR, WIDEST_PX = 1.2, 7.0  # how far beyond the source's widest opening (crop px) a generated one may go
+PRESSED_PX = 3.0  # and how far lips press beyond its most closed one
 REFERENCE_RATE = 0.12  # of the running mean per latent frame (0.16 s): a time constant of 1.3 s
 
 
@@ -88,6 +91,14 @@ def lip_gap(fields: Tensor) -> Tensor:
     return inner_lip_distance(fields) + CLOSED_GAP_PX
 
 
+def bent(opening: float, limit: float) -> float:
+    """An opening as it is, but bent smoothly towards ``limit`` above 0.7 of it, and towards -PRESSED_PX below zero."""
+    knee = 0.7 * limit
+    if opening > knee:
+        return knee + (limit - knee) * math.tanh((opening - knee) / (limit - knee))
+    return opening if opening >= 0 else PRESSED_PX * math.tanh(opening / PRESSED_PX)
+
+
 class Take:
     """State of one face's uninterrupted stretch of video; see the module docstring.
 
@@ -143,7 +154,7 @@ class Take:
             ref_sequence=neutral.to(dtype),
             audio=self._audio_pack(speech.to(dtype)[None]),
         )
-        generated = self._rollout.step(conditions).float()
+        generated = self._believable(self._rollout.step(conditions).float(), neutral)
         x0, resting_z = (torch.where(self._mask > 0, free + posed, z) for free in (generated, neutral))
         decoded = self._codec.decode(x0, z, textures)
         shapes = self._keep_outline(decoded.fields[0], self._fields(resting_z), fields[0])
@@ -182,6 +193,26 @@ class Take:
                 self._wide = value, free
         assert self._shut is not None and self._wide is not None
         return self._shut[1][:, :, None], self._wide[1][:, :, None]
+
+    def _believable(self, generated: Tensor, neutral: Tensor) -> Tensor:
+        """Keep pose-free latents [1, K, T, g, g] to movements that mouths make, and to what this mouth can do.
+
+        Guidance makes timid mouths on strangers as large as real ones, and now and then one of them monstrous. So an
+        opening bends towards a limit above the widest that the source has shown, and lips press only a little
+        beyond the most closed. Latent frame by latent frame.
+        """
+        assert self._shut is not None and self._wide is not None
+        codec, ruler, rest = self._codec, self.model.ruler, self._shut[1]
+        shape = codec.config.shape_channels
+        closed, widest = (float(ruler.opening(codec.decode_fields(z)).mean()) for z in (rest, self._wide[1]))
+        limit = max(WIDEST_FACTOR * (widest - closed), WIDEST_PX)
+        kept = []
+        for frame, own in zip(generated.unbind(2), neutral.unbind(2), strict=True):
+            moved = own + codec.as_mouths_move(frame - own)
+            opening = float(ruler.opening(codec.decode_fields(moved)).mean()) - closed
+            gain = bent(opening, limit) / opening if abs(opening) > 1e-3 else 1.0
+            kept.append(torch.cat([torch.lerp(rest[:, :shape], moved[:, :shape], gain), moved[:, shape:]], 1))
+        return torch.stack(kept, 2)
 
     def _fields(self, z: Tensor) -> Tensor:
         """Shape fields [F, 20, 20, 2] of the latents of the chunk just decoded."""

@@ -40,6 +40,7 @@ class CodecConfig:
         known_rows: rows above the upper lip, which tell the pose; everything below is the mouth mask.
         pose_rank: components of the known rows' shape that predict the hidden rows'. Three are free of speech (the
             lip gap that they predict correlates at most .15 with the real one); eight are not (.96).
+        manifold_rank: components of the movements that a talking mouth makes; a generated one is kept to them.
         paint_rows, paint_cols: half-open cell ranges that the painter may change.
         trunk, quarter, half: painter widths at 1/16, 1/4 and 1/2 of the canvas resolution.
     """
@@ -51,6 +52,7 @@ class CodecConfig:
     texture_channels: int = 36
     known_rows: int = 3
     pose_rank: int = 3
+    manifold_rank: int = 32
     paint_rows: tuple[int, int] = (2, 7)
     paint_cols: tuple[int, int] = (1, 9)
     trunk: int = 128
@@ -229,6 +231,8 @@ class CodecState:
 class PocketCodec(StreamingModule[CodecState]):
     """See the module docstring. Weights: two fitted :class:`LinearCode` and the trained painter."""
 
+    manifold: Tensor
+
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
@@ -237,6 +241,7 @@ class PocketCodec(StreamingModule[CodecState]):
         known = config.known_rows * config.grid * config.shape_channels
         whole = config.grid**2 * config.shape_channels
         self.pose = PoseCode(known, whole - known, config.pose_rank)
+        self.register_buffer("manifold", torch.eye(config.manifold_rank, whole))
         self.painter = Painter(config)
 
     def _init_state(self, batch: int) -> CodecState:
@@ -276,6 +281,17 @@ class PocketCodec(StreamingModule[CodecState]):
         free = z - posed
         free[:, :, : self.config.known_rows] = 0
         return free, posed
+
+    def as_mouths_move(self, difference: Tensor) -> Tensor:
+        """The part of a difference of pose-free latents [N, K, g, g] whose shape a talking mouth makes; texture stays.
+
+        What a small network leaves of noise in a shape, and guidance doubles, shows as wavy lips. Of the movements of
+        real and synthetic mouths 32 components hold 99.4 %.
+        """
+        channels = self.config.shape_channels
+        shape = difference[:, :channels].flatten(1) @ self.manifold.T @ self.manifold
+        shape = shape.unflatten(1, (channels, *difference.shape[2:]))  # type: ignore[no-untyped-call]
+        return torch.cat([shape, difference[:, channels:]], 1)
 
     # ------------------------------------------------------------------ encode
 

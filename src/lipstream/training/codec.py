@@ -153,6 +153,28 @@ def fit_pose(codec: PocketCodec, clips: Sequence[Clip]) -> float:
     return codec.pose.fit(torch.cat(known), torch.cat(hidden)).item()
 
 
+@torch.no_grad()
+def fit_manifold(codec: PocketCodec, clips: Sequence[Clip]) -> float:
+    """Fit how mouths move: principal components of pose-free shapes, each clip relative to its mean; the share kept.
+
+    Needs the pose code. Clips count alike, up to 500 of them.
+    """
+    moved = []
+    for clip in clips[:: max(1, len(clips) // 500)]:
+        fields = torch.from_numpy(clip.fields.astype(np.float32))
+        fields = fields[: len(fields) // FRAMES_PER_LATENT * FRAMES_PER_LATENT]
+        cells = codec.shape.encode(
+            codec.shape_cells(rearrange(fields, "(n f) y x d -> n f y x d", f=FRAMES_PER_LATENT))
+        )
+        z = F.pad(rearrange(cells, "n y x k -> n k y x"), (0, 0, 0, 0, 0, codec.config.texture_channels))
+        shape = codec.pose_free(z)[:, : codec.config.shape_channels]
+        moved.append((shape - shape.mean(0)).flatten(1))
+    _, values, vectors = torch.linalg.svd(torch.cat(moved), full_matrices=False)
+    rank = codec.config.manifold_rank
+    codec.manifold.copy_(vectors[:rank])
+    return float(values[:rank].square().sum() / values.square().sum())
+
+
 class AreaWeight(nn.Module):
     """Picture area (crop px^2) that each canvas pixel of the paint box covers under a shape field."""
 
@@ -258,6 +280,7 @@ def train(run: Path, samples: Sequence[Path], loop: LoopConfig, flavour: str = "
         run.mkdir(parents=True, exist_ok=True)
         log.info("%s", fit_codes(codec, sampler))
         log.info("pose explains %.2f of the hidden rows' movement", fit_pose(codec, sampler.clips))
+        log.info("the manifold keeps %.3f of the mouths' movement", fit_manifold(codec, sampler.clips))
         linear = {k: v for k, v in codec.state_dict().items() if not k.startswith("painter.")}
         torch.save(linear, fitted)
     codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
