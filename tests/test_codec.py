@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lipstream.checkpoints.networks import load_codec, save_codec
 from lipstream.models.codec import LinearCode
+from lipstream.training.samples import Clip
 from tiny import tiny_codec
 
 
@@ -104,3 +106,29 @@ def test_files_round_trip_and_refuse_another_shape(tmp_path: Path) -> None:
     )  # stored in half precision
     with pytest.raises(ValueError, match="no such weights file"):
         load_codec(tmp_path / "missing.safetensors")
+
+
+def test_movements_are_kept_to_the_manifold_and_texture_is_left_alone() -> None:
+    codec = tiny_codec()
+    codec.manifold.copy_(torch.linalg.qr(torch.randn(codec.manifold.shape[1], codec.manifold.shape[0]))[0].T)
+    z, shape = torch.randn(3, codec.config.latent_channels, 10, 10), codec.config.shape_channels
+    once = codec.as_mouths_move(z)
+    torch.testing.assert_close(codec.as_mouths_move(once), once, atol=1e-4, rtol=1e-4)
+    assert torch.equal(once[:, shape:], z[:, shape:])
+    assert once[:, :shape].norm() < 0.8 * z[:, :shape].norm()
+
+
+def test_the_manifold_is_found_in_clips() -> None:
+    from lipstream.training.codec import fit_manifold
+
+    codec, rng = tiny_codec(), np.random.default_rng(0)
+    directions = rng.normal(size=(3, 20, 20, 2))
+    clips = []
+    for _ in range(4):
+        weights = np.repeat(rng.normal(size=(10, 3)), 4, 0)
+        fields = (rng.normal(size=(1, 20, 20, 2)) + np.einsum("fk,kyxd->fyxd", weights, directions)).astype(np.float16)
+        empty = np.zeros((40, 1, 1, 3), np.uint8)
+        clips.append(Clip("synth_0", fields, empty, np.ones(40, bool), np.zeros(1, np.int16)))
+    assert fit_manifold(codec, clips) > 0.999
+    identity = codec.manifold @ codec.manifold.T
+    torch.testing.assert_close(identity, torch.eye(len(identity)), atol=1e-4, rtol=0)

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from lipstream.diffusion.rollout import Rollout
 from lipstream.faces.canvas import INNER_LIP_CORNERS, INNER_LIP_PAIRS, FaceCanvas
 from lipstream.inside import LipRuler, MouthInside
+from lipstream.models.dit import Conditions
+from lipstream.mouth import PRESSED_PX, CanvasFrame, Take, bent
+from tiny import tiny_mouth_model
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +90,27 @@ def test_a_memory_is_a_copy_and_is_replaced_in_time(canvas: FaceCanvas) -> None:
     own, _ = inside.show(shape(canvas, -9.0))  # far enough that the newer memory of the same kind takes over
     assert own is not None and float(own.mean()) in (1.0, 2.0)
     assert any(float(m.texture.mean()) == 2.0 for m in inside._memories.values())
+
+
+def test_openings_bend_towards_their_limits() -> None:
+    openings = np.linspace(-10, 30, 401)
+    kept = np.array([bent(float(opening), 10.0) for opening in openings])
+    assert np.all(np.diff(kept) >= 0) and kept.max() < 10.0 + 1e-9 and kept.min() >= -PRESSED_PX - 1e-9
+    untouched = (openings >= 0) & (openings <= 7)
+    np.testing.assert_allclose(kept[untouched], openings[untouched])
+
+
+def test_a_take_never_opens_much_wider_than_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_mouth_model()
+
+    def wild(self: Rollout, conditions: Conditions, **_: object) -> torch.Tensor:
+        self.chunk += 1
+        return torch.full_like(conditions.ref_sequence, 1e3)
+
+    monkeypatch.setattr(Rollout, "step", wild)
+    take, field = Take(model), np.zeros((20, 20, 2), np.float32)
+    frames = [CanvasFrame(field, np.full((160, 160, 3), 90, np.uint8))] * 9
+    mouths = take.step(frames, torch.zeros(9, model.dit.config.audio_dim))
+    source = float(model.ruler.opening(torch.from_numpy(field)))
+    made = [float(model.ruler.opening(torch.from_numpy(mouth.field))) for mouth in mouths]
+    assert max(abs(opening - source) for opening in made) < 40  # 1000 times the codes would be hundreds of pixels
