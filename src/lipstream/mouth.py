@@ -24,13 +24,10 @@ from lipstream.faces.canvas import CANVAS_PX, FaceCanvas, Float, outline_weight
 from lipstream.inside import LipRuler, MouthInside
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
-from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec, inner_lip_distance
+from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.dit import Conditions, DiT
 
 OFFSET_RATE = 0.04  # per pixel frame: a time constant of one second
-CLOSED_GAP_PX = 13.0  # the canvas' rest mouth is that much more open than a closed one (crop px)
-LIPS_PART_PX = 4.0  # from here on the inside is fully visible
-SHOWS_INSIDE_PX = 4.0  # a source mouth this open is worth remembering
 WIDEST_FACTOR, WIDEST_PX = 1.2, 7.0  # how far beyond the source's widest opening (crop px) a generated one may go
 PRESSED_PX = 3.0  # and how far lips press beyond its most closed one
 REFERENCE_RATE = 0.12  # of the running mean per latent frame (0.16 s): a time constant of 1.3 s
@@ -84,11 +81,6 @@ class MouthModel:
         dit, guidance = load_dit(folder / "dit.safetensors")
         codec = load_codec(folder / "codec.safetensors")
         return cls(dit, codec, load_speech_encoder(folder / "speech.safetensors"), guidance, dtype)
-
-
-def lip_gap(fields: Tensor) -> Tensor:
-    """How far the inner lips are apart beyond a closed mouth, crop px: [F, 20, 20, 2] -> [F]; about 0 when closed."""
-    return inner_lip_distance(fields) + CLOSED_GAP_PX
 
 
 def bent(opening: float, limit: float) -> float:
@@ -244,12 +236,10 @@ class Take:
     def _inside(
         self, shapes: Tensor, source: Tensor, textures: Tensor, paint: Tensor, gate: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Show this person's own teeth where the mouth opens: the inside of the widest-open mouth seen so far.
+        """Show this person's own teeth where the mouth opens (`lipstream.inside`).
 
-        A model that is unsure predicts the mean of open and closed, which is the colour of lips. What the source has
-        shown of its mouth is real, so where the generated lips part it takes over from the painter (paint [F, 3, h, w]
-        and gate [F, h, w] of the paint box). Before the source opened its mouth, the painter has its way. Causal,
-        frame by frame.
+        Before the source has opened its mouth once, the painter has its way: paint [F, 3, h, w] and gate [F, h, w] of
+        the paint box. Causal, frame by frame.
         """
         top, bottom, left, right = self.model.codec.config.paint_box_px
         window = self._codec.inside_window(gate)
