@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from lipstream.checkpoints.convert import convert
+from lipstream.checkpoints.encoders import load_prompt_embedding
 from lipstream.fullsize_engine import FileRows
 from lipstream.media.reader import VideoReader
+from lipstream.memory import MemoryNeed
 from lipstream.pipeline import LipSync
 from lipstream.session import SyncedFrame
 from official_files import write_official_folder
@@ -86,6 +88,8 @@ def test_the_wan_decoder_is_another_choice(folder: Path) -> None:
         ({"memory_gb": 0.001}, "not enough memory"),
         ({"decoder": "jpeg"}, "unknown decoder"),
         ({"device": "cuda"}, "no GPU"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"memory_gb": float("inf")}, "positive number"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(
@@ -99,13 +103,53 @@ def test_mistakes_are_told_before_anything_is_loaded(
     assert "\n" not in str(caught.value)
 
 
+def linked(folder: Path, target: Path, *without: str) -> Path:
+    """A copy of a model folder without some files."""
+    for path in folder.iterdir():
+        if path.name not in without:
+            (target / path.name).symlink_to(path)
+    return target
+
+
+@pytest.mark.parametrize("missing", ["taew2_1.pth", "Wan2.1_VAE.pth", "wav2vec2-base-960h"])
+def test_every_file_is_missed_before_the_student_is_loaded(
+    folder: Path, tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lipstream.checkpoints.convert.Assembled.load", lambda self: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=missing):
+        load(linked(folder, tmp_path, missing))
+
+
+def test_the_text_encoder_is_weighed_in_main_memory_only(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linked(folder, tmp_path, "prompt.safetensors")
+    (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
+    (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(bytes(1000))
+    monkeypatch.setattr("lipstream.fullsize_engine.free_bytes", lambda device: 999)
+    told: list[MemoryNeed] = []
+    with pytest.raises(ValueError, match="to embed the prompt"):
+        load(tmp_path, on_memory=told.append)
+    monkeypatch.setattr("lipstream.fullsize_engine.free_bytes", lambda device: None)
+    monkeypatch.setattr(
+        "lipstream.fullsize_engine._Files.embedding", lambda self: load_prompt_embedding(folder / "prompt.safetensors")
+    )
+    load(tmp_path, on_memory=told.append)
+    assert len(told) == 1 and told[0].text_encoder == 0 and told[0].speech > 0
+
+
+def test_only_a_student_is_taken(folder: Path, tmp_path: Path) -> None:
+    linked(folder, tmp_path, "lipforcing_1.3b.pth")
+    convert([folder / "Wan2.1_VAE.pth"], tmp_path / "student", kind="wan-vae")
+    with pytest.raises(ValueError, match="holds a wan-vae"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "missing", ["lipforcing_1.3b.pth", "Wan2.1_VAE.pth", "wav2vec2-base-960h", "prompt.safetensors"]
 )
 def test_a_missing_file_is_named(folder: Path, missing: str, tmp_path: Path) -> None:
-    for path in folder.iterdir():
-        if path.name != missing:
-            (tmp_path / path.name).symlink_to(path)
+    linked(folder, tmp_path, missing)
     with pytest.raises(ValueError, match=missing.split(".")[0].split("_")[0]):
         load(tmp_path)
 

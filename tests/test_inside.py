@@ -114,3 +114,25 @@ def test_a_take_never_opens_much_wider_than_the_source(monkeypatch: pytest.Monke
     source = float(model.ruler.opening(torch.from_numpy(field)))
     made = [float(model.ruler.opening(torch.from_numpy(mouth.field))) for mouth in mouths]
     assert max(abs(opening - source) for opening in made) < 40  # 1000 times the codes would be hundreds of pixels
+
+
+def test_a_renewed_memory_is_what_is_shown(canvas: FaceCanvas) -> None:
+    inside = MouthInside(LipRuler(canvas))
+    inside.see(shape(canvas, -16.5), texture(0.0))
+    for frame in range(600):
+        inside.see(shape(canvas, -5.0), texture(float(frame)))
+        own, _ = inside.show(shape(canvas, -5.0))
+        assert own is not None and frame - float(own.mean()) <= 251
+
+
+def test_memories_are_measured_anew_when_the_lips_turn_out_to_close_further(canvas: FaceCanvas) -> None:
+    inside = MouthInside(LipRuler(canvas))
+    for drop, value in ((-8.0, 1.0), (-3.0, 2.0)):  # a source that starts with an open mouth
+        inside.see(shape(canvas, drop), texture(value))
+    for _ in range(8):
+        inside.see(shape(canvas, -17.0), texture(0.0))
+    for drop, value in ((-8.0, 1.0), (-3.0, 2.0)):
+        own, share = inside.show(shape(canvas, drop))
+        assert own is not None and float(own.mean()) == value and share == 1.0
+    for cell, memory in inside._memories.items():
+        assert cell == inside._cell(memory.opening, memory.width)

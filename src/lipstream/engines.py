@@ -21,7 +21,8 @@ from lipstream.session import Observed, Observer, Session, SpeechRows, TakeSessi
 
 #: The next samples of the speech (mono, 16 kHz), fewer at its end, none after it.
 ReadSpeech = Callable[[int], NDArray[np.float32]]
-#: Feature rows [stop - start, D] of the model frames start .. stop; silence where the speech has ended.
+#: Feature rows [stop - start, D] of the model frames start .. stop. Behind the end of the speech: silence for the small
+#: model, the last row again at full size.
 Rows = Callable[[int, int], Tensor]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -81,27 +82,35 @@ class FullSizeEngine:
         self._compositor = CropCompositor(model.mask)
 
     @classmethod
-    def load(cls, folder: Path, options: FullSizeOptions) -> FullSizeEngine:
-        """Check, then load.
+    def load(
+        cls, folder: Path, options: FullSizeOptions, on_memory: Callable[[MemoryNeed], None] | None = None
+    ) -> FullSizeEngine:
+        """Check all files and the memory, then load.
+
+        Args:
+            on_memory: told what the model takes, before anything is loaded.
 
         Raises:
             ValueError: a file is missing or does not fit, or the memory is not enough; one line with the fix.
         """
         files = _Files(folder)
-        device = torch.device(options.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device '{options.device}': this torch sees no GPU; use --device cpu, or install CUDA torch"
-            )
+        device = _device(options.device)
         mask = _mask(files, options)
         student = files.student()
+        codecs = [assemble([files.need(VAE_FILE)], kind="wan-vae")]
+        if options.decoder == "tae":
+            codecs.append(assemble([files.need(TAE_FILE)], kind="tae"))
+        speech = files.need(SPEECH_FOLDER)
+        files.check_prompt()
         request = MemoryRequest(
             config=DiTConfig.from_dict(student.config),
             dtype=options.dtype,
             decoder=options.decoder,
-            text_encoder=not files.prompt.is_file(),
+            speech_bytes=sum(path.stat().st_size for path in speech.glob("*.safetensors")),
         )
         need = memory_need(request)
+        if on_memory is not None:
+            on_memory(need)
         for part, count in need.table():
             log.info("memory: %s %.2f GB", part, count / 1e9)
         free = options.memory_bytes if options.memory_bytes is not None else free_bytes(device)
@@ -114,11 +123,9 @@ class FullSizeEngine:
 
         dit: Any = placed(student.load())
         dit.fuse_projections()
-        encoder: VideoEncoder = placed(assemble([files.need(VAE_FILE)], kind="wan-vae").load())
-        decoder: VideoDecoder = encoder  # type: ignore[assignment]  # the VAE is both
-        if options.decoder == "tae":
-            decoder = placed(assemble([files.need(TAE_FILE)], kind="tae").load())
-        features = load_speech_features(files.need(SPEECH_FOLDER)).to(device)
+        encoder: VideoEncoder = placed(codecs[0].load())
+        decoder: VideoDecoder = placed(codecs[1].load()) if len(codecs) > 1 else encoder  # type: ignore[assignment]
+        features = load_speech_features(speech).to(device)
         model = FullSizeModel(dit, encoder, decoder, mask, text=prompt.padded())
         log.info(
             "%s: %.0f M parameters, %s, %s, mask %s, decoder %s, attention %s",
@@ -143,7 +150,8 @@ class FullSizeEngine:
 class FileRows:
     """Official feature rows of a whole file, computed when the first ones are asked for.
 
-    Rows behind the end of the speech (the last chunk is filled up) repeat the last one.
+    They are kept in main memory (43 kB a frame), not on the device. Rows behind the end of the speech, which fill up
+    the last chunk, repeat the last one.
     """
 
     def __init__(self, features: SpeechFeatures, read: ReadSpeech) -> None:
@@ -154,9 +162,8 @@ class FileRows:
     def __call__(self, start: int, stop: int) -> Tensor:
         """Rows [stop - start, feature_dim] of model frames."""
         if self._rows is None:
-            self._rows = self._features(*self._whole())[0]
-        at = torch.arange(start, stop).clamp_max(len(self._rows) - 1)
-        return self._rows[at.to(self._rows.device)]
+            self._rows = self._features(*self._whole())[0].cpu()
+        return self._rows[torch.arange(start, stop).clamp_max(len(self._rows) - 1)]
 
     def _whole(self) -> tuple[Tensor, int]:
         """All samples [1, n] and how many rows they give."""
@@ -187,6 +194,8 @@ class _Files:
         converted = self.folder / STUDENT_FOLDER
         if converted.is_dir():
             about = read_folder_config(converted)
+            if about.kind != "student":
+                raise ValueError(f"{converted}: holds a {about.kind}; `sync` runs a student")
             return assemble([converted], kind=about.kind, config=about.config)
         found = [self.folder / name for name in STUDENT_FILES if (self.folder / name).exists()]
         if len(found) != 1:
@@ -195,20 +204,49 @@ class _Files:
             raise ValueError(f"{self.folder}: {what} in it; it must hold one of {names}")
         return assemble(found, kind="student")
 
-    def embedding(self) -> PromptEmbedding:
-        """The prompt's embedding from its file; the first time, the text encoder makes it and it is kept."""
+    def check_prompt(self) -> None:
+        """There is an embedding, or all that makes one: files, and main memory, where the text encoder runs."""
         if self.prompt.is_file():
-            return load_prompt_embedding(self.prompt)
+            return
         if not (self.folder / TEXT_FILE).is_file():
             raise ValueError(
                 f"{self.prompt}: no prompt embedding, and no {TEXT_FILE} to make it with; pull that file once, or copy "
                 "the embedding from a machine that has it"
             )
+        self.need(TOKENIZER_FOLDER)
+        size, free = (self.folder / TEXT_FILE).stat().st_size, free_bytes(torch.device("cpu"))
+        if free is not None and size > free:
+            raise ValueError(
+                f"not enough memory to embed the prompt: {size / 1e9:.1f} GB are needed once, {free / 1e9:.1f} GB are "
+                f"free; make {PROMPT_FILE} on a larger machine and copy it here"
+            )
+
+    def embedding(self) -> PromptEmbedding:
+        """The prompt's embedding from its file; the first time, the text encoder makes it and it is kept."""
+        if self.prompt.is_file():
+            return load_prompt_embedding(self.prompt)
         tokenizer = load_prompt_tokenizer(self.need(TOKENIZER_FOLDER))
         log.info("embedding the prompt '%s': once, it is kept in %s", PROMPT, self.prompt)
         embedding = load_prompt_encoder(self.folder / TEXT_FILE).embed(PROMPT, tokenizer)
         save_prompt_embedding(embedding, self.prompt)
         return embedding
+
+
+def _device(name: str) -> torch.device:
+    """A device that this torch has.
+
+    Raises:
+        ValueError: it has not.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device '{name}': use cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device '{name}': this torch sees no GPU; use device cpu, or install torch with CUDA")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device '{name}': there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    return device
 
 
 def _mask(files: _Files, options: FullSizeOptions) -> MouthMask:

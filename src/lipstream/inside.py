@@ -46,7 +46,7 @@ class LipRuler:
 
 @dataclass
 class _Memory:
-    opening: float
+    opening: float  # as measured: what counts as closed is learned on the way
     width: float
     texture: Tensor  # [3, h, w]
     frame: int
@@ -71,17 +71,31 @@ class MouthInside:
         self._frame += 1
         # The lowest of a short mean: one mistracked frame does not move it.
         self._smooth = opening if self._smooth is None else 0.5 * (self._smooth + opening)
-        self._rest = min(self._rest, self._smooth)
-        opening -= self._rest
-        if opening < WORTH_PX:
+        if self._smooth < self._rest:
+            self._rest = self._smooth
+            self._sort_again()
+        if opening - self._rest < WORTH_PX:
             return
-        cell = (
-            sum(opening > step for step in OPENING_STEPS_PX),
-            sum(width - self._width > step for step in SPREAD_STEPS_PX),
-        )
+        cell = self._cell(opening, width)
         known = self._memories.get(cell)
         if known is None or self._frame - known.frame > KEPT_FRAMES:
-            self._memories[cell] = _Memory(opening, width, texture.clone(), self._frame)
+            new = _Memory(opening, width, texture.clone(), self._frame)
+            self._memories[cell] = new
+            if self._shown is known is not None:
+                self._shown = new
+
+    def _cell(self, opening: float, width: float) -> tuple[int, int]:
+        """Degree of opening and of spreading."""
+        assert self._width is not None
+        return (
+            sum(opening - self._rest > step for step in OPENING_STEPS_PX),
+            sum(width - self._width > step for step in SPREAD_STEPS_PX),
+        )
+
+    def _sort_again(self) -> None:
+        """Lips turned out to close further: the memories' degrees change; of two in one cell the newer stays."""
+        known = sorted(self._memories.values(), key=lambda memory: memory.frame)
+        self._memories = {self._cell(memory.opening, memory.width): memory for memory in known}
 
     def show(self, field: Tensor) -> tuple[Tensor | None, float]:
         """The inside for a generated shape, and how much of it is to be seen (0 closed .. 1).
@@ -95,7 +109,7 @@ class MouthInside:
             return None, share
 
         def distance(memory: _Memory) -> float:
-            stretch = math.log((max(opening, 0.0) + 1) / (memory.opening + 1))
+            stretch = math.log((max(opening, 0.0) + 1) / (memory.opening - self._rest + 1))
             return abs(stretch) + (0.3 if stretch > 0.5 else 0) + abs(width - memory.width) / 12
 
         nearest = min(self._memories.values(), key=distance)

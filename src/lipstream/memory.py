@@ -33,6 +33,7 @@ Codec = Literal["wan", "tae"]
 MARGIN = 0.05  # for workspace and fragmentation: a choice, not a measurement
 # UMT5-XXL's encoder: bytes of its bfloat16 file (spec section 0.1), all but a few of them weights.
 TEXT_ENCODER_BYTES = 11_361_920_418
+_PARTS = ("weights", "text_encoder", "speech", "kv_cache", "text_kv", "codec_state", "activations")
 _TOKEN_TENSORS = 20  # alive at once in a block; counted: 18.5 at 1.3b, 13.6 at 14b
 
 
@@ -60,7 +61,8 @@ class MemoryRequest:
     Attributes:
         dtype: of DiT and codecs.
         size: of the crop, px.
-        text_encoder: whether UMT5 runs here; a cached prompt embedding spares it.
+        text_encoder: whether UMT5 runs here beside the rest; a cached prompt embedding spares it.
+        speech_bytes: of the speech network.
         guided: audio guidance runs two branches through the DiT.
         takes: how many streams share the weights.
     """
@@ -71,6 +73,7 @@ class MemoryRequest:
     encoder: Codec = "wan"
     decoder: Codec = "tae"
     text_encoder: bool = False
+    speech_bytes: int = 0
     guided: bool = False
     takes: int = 1
 
@@ -82,6 +85,7 @@ class MemoryNeed:
     request: MemoryRequest
     weights: int
     text_encoder: int
+    speech: int
     kv_cache: int
     text_kv: int
     codec_state: int
@@ -90,13 +94,11 @@ class MemoryNeed:
     @property
     def total(self) -> int:
         """All parts together."""
-        parts = self.weights, self.text_encoder, self.kv_cache, self.text_kv, self.codec_state, self.activations
-        return sum(parts)
+        return sum(getattr(self, name) for name in _PARTS)
 
     def table(self) -> list[tuple[str, int]]:
         """(part, bytes), largest first, without empty ones: what a preflight prints."""
-        names = ("weights", "text_encoder", "kv_cache", "text_kv", "codec_state", "activations")
-        rows = [(name.replace("_", " "), getattr(self, name)) for name in names if getattr(self, name)]
+        rows = [(name.replace("_", " "), getattr(self, name)) for name in _PARTS if getattr(self, name)]
         return sorted(rows, key=lambda row: -row[1])
 
 
@@ -140,6 +142,7 @@ def memory_need(request: MemoryRequest) -> MemoryNeed:
         request=request,
         weights=per_number * (dit_parameters(config) + codecs),
         text_encoder=TEXT_ENCODER_BYTES if request.text_encoder else 0,
+        speech=request.speech_bytes,
         kv_cache=per_number * request.takes * pair * config.window_latent_frames * tokens,
         text_kv=per_number * request.takes * pair * config.text_len if config.text_dim else 0,
         codec_state=per_number * request.takes * pixels * (2 * encoder.encoder_state + decoder.decoder_state),

@@ -29,6 +29,7 @@ from lipstream.media.reader import VideoReader
 from lipstream.media.speech import SpeechReader, count_speech_samples
 from lipstream.media.timeline import SLACK, SPEECH_RATE, TAIL
 from lipstream.media.writer import VideoWriter
+from lipstream.memory import MemoryNeed
 from lipstream.mouth import MouthModel
 from lipstream.session import Observed, SyncedFrame
 
@@ -105,6 +106,7 @@ class LipSync:
         decoder: str | None = None,
         mask: PathLike | None = None,
         memory_gb: float | None = None,
+        on_memory: Callable[[MemoryNeed], None] | None = None,
     ) -> LipSync:
         """Load a model by name or from a folder.
 
@@ -118,6 +120,7 @@ class LipSync:
             decoder: of a full-size model, "tae" (default) or "wan".
             mask: of a full-size model, "built-in" or a file; default: the `mask.png` of its folder.
             memory_gb: what a full-size model may use; default: what is free.
+            on_memory: told what a full-size model takes, before it is checked and loaded.
 
         Raises:
             ValueError: unknown name, files that do not fit, not enough memory, or an option of another kind of model.
@@ -135,6 +138,8 @@ class LipSync:
             return cls(CanvasEngine(MouthModel.load(folder, dtype)), name, seed)
         from lipstream.fullsize_engine import DECODERS, FullSizeEngine, FullSizeOptions
 
+        if memory_gb is not None and not 0 < memory_gb < float("inf"):
+            raise ValueError(f"memory must be a positive number of GB, got {memory_gb}")
         if decoder not in (None, *DECODERS):
             raise ValueError(f"unknown decoder '{decoder}': there are {', '.join(DECODERS)}")
         options = FullSizeOptions(
@@ -144,7 +149,7 @@ class LipSync:
             mask=mask,
             memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
         )
-        return cls(FullSizeEngine.load(folder, options), name, seed)
+        return cls(FullSizeEngine.load(folder, options, on_memory), name, seed)
 
     def __call__(
         self,

@@ -26,6 +26,7 @@ from lipstream.media.opening import open_media, picture_stream, seconds
 
 if TYPE_CHECKING:  # importing the pipeline loads torch: `--help` and a mistyped file name should not wait for that
     from lipstream.checkpoints.hashing import Report
+    from lipstream.memory import MemoryNeed
     from lipstream.pipeline import LipSync, Progress, SyncReport
 
 EXIT_OK = 0
@@ -68,7 +69,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_full_size(parser: argparse.ArgumentParser) -> None:
-    """The options that only full-size models have."""
+    """The options for full-size models; the small one takes `--dtype` alone."""
     group = parser.add_argument_group("full-size models")
     group.add_argument("--device", help="torch device: cpu (default), cuda, cuda:1")
     group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the networks")
@@ -83,7 +84,11 @@ def load_model(args: argparse.Namespace) -> LipSync:
 
     from lipstream.pipeline import LipSync
 
-    lipsync = LipSync.from_pretrained(
+    def tell(need: MemoryNeed) -> None:
+        parts = ", ".join(f"{part} {size_text(count)}" for part, count in need.table())
+        print(f"{args.model}: takes about {size_text(need.total)} of memory ({parts})", file=sys.stderr, flush=True)
+
+    return LipSync.from_pretrained(
         args.model,
         seed=args.seed,
         threads=args.threads,
@@ -92,12 +97,8 @@ def load_model(args: argparse.Namespace) -> LipSync:
         decoder=args.decoder,
         mask=args.mask,
         memory_gb=args.memory,
+        on_memory=tell,
     )
-    need = getattr(lipsync.engine, "need", None)
-    if need is not None:
-        parts = ", ".join(f"{part} {size_text(count)}" for part, count in need.table())
-        print(f"{args.model}: takes about {size_text(need.total)} of memory ({parts})", file=sys.stderr)
-    return lipsync
 
 
 def positive(text: str) -> int:

@@ -157,22 +157,30 @@ def fit_pose(codec: PocketCodec, clips: Sequence[Clip]) -> float:
 def fit_manifold(codec: PocketCodec, clips: Sequence[Clip]) -> float:
     """Fit how mouths move: principal components of pose-free shapes, each clip relative to its mean; the share kept.
 
-    Needs the pose code. Clips count alike, up to 500 of them.
+    Needs the pose code. Only groups whose four frames all show the face count; clips count alike.
+
+    Raises:
+        ValueError: fewer groups than components.
     """
     moved = []
-    for clip in clips[:: max(1, len(clips) // 500)]:
+    for clip in clips:
         fields = torch.from_numpy(clip.fields.astype(np.float32))
-        fields = fields[: len(fields) // FRAMES_PER_LATENT * FRAMES_PER_LATENT]
-        cells = codec.shape.encode(
-            codec.shape_cells(rearrange(fields, "(n f) y x d -> n f y x d", f=FRAMES_PER_LATENT))
-        )
+        count = len(fields) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
+        tracked = clip.tracked[:count].reshape(-1, FRAMES_PER_LATENT).all(1)
+        groups = rearrange(fields[:count], "(n f) y x d -> n f y x d", f=FRAMES_PER_LATENT)[torch.from_numpy(tracked)]
+        if len(groups) < 2:
+            continue
+        cells = codec.shape.encode(codec.shape_cells(groups))
         z = F.pad(rearrange(cells, "n y x k -> n k y x"), (0, 0, 0, 0, 0, codec.config.texture_channels))
         shape = codec.pose_free(z)[:, : codec.config.shape_channels]
-        moved.append((shape - shape.mean(0)).flatten(1))
-    _, values, vectors = torch.linalg.svd(torch.cat(moved), full_matrices=False)
-    rank = codec.config.manifold_rank
-    codec.manifold.copy_(vectors[:rank])
-    return float(values[:rank].square().sum() / values.square().sum())
+        moved.append((shape - shape.mean(0)).flatten(1) / len(shape) ** 0.5)
+    rank, found = codec.config.manifold_rank, sum(map(len, moved))
+    if found < rank:
+        raise ValueError(f"{found} groups of four frames with a face are too few for {rank} components")
+    rows = torch.cat(moved)
+    values, vectors = torch.linalg.eigh((rows.T @ rows).double())
+    codec.manifold.copy_(vectors.flip(1)[:, :rank].T)
+    return float(values.flip(0)[:rank].sum() / values.sum())
 
 
 class AreaWeight(nn.Module):
@@ -275,7 +283,10 @@ def train(run: Path, samples: Sequence[Path], loop: LoopConfig, flavour: str = "
     codec = PocketCodec(FLAVOURS[flavour])
     fitted = run / "linear.pt"
     if fitted.exists():
-        codec.load_state_dict(torch.load(fitted, weights_only=True), strict=False)
+        left = codec.load_state_dict(torch.load(fitted, weights_only=True), strict=False)
+        unfit = [key for key in left.missing_keys if not key.startswith("painter.")]
+        if unfit:
+            raise ValueError(f"{fitted}: has no {', '.join(unfit)}, it is of an older version; use a new run folder")
     else:
         run.mkdir(parents=True, exist_ok=True)
         log.info("%s", fit_codes(codec, sampler))

@@ -2,9 +2,9 @@
 
 Loss: squared error of the x0 prediction at t drawn per chunk from the student's own times {0.999, 0.769, 0}. A training
 window is what the rolling cache shows at inference (spec 2.1): the sink, the previous chunk and the current chunk at
-rotary positions 0..6, or the first chunk alone, or the first two. The reference sequence is another time of the same
-clip, never the target, and all latents are pose-free (nothing of the target's face is shown), so the only thing that
-can tell the mouth is the speech.
+rotary positions 0..6, or the first chunk alone, or the first two. The reference sequence begins at another time of the
+same clip (it may overlap the target, never frame on frame), and all latents are pose-free (nothing of the target's face
+is shown), so that the only thing that can tell the mouth is the speech.
 
     python -m lipstream.training.forcing RUN --samples DIR... --codec codec.safetensors --speech speech.safetensors
 """
@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 
 CHUNK = 3
 STEADY = 1 + 2 * CHUNK  # sink, previous chunk, current chunk
+# A clip has to have room for another segment that begins at least so far from the target's.
+APART_FRAMES = 6
+SHORTEST_FRAMES = 1 + FRAMES_PER_LATENT * (STEADY - 1) + 2 * APART_FRAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ class ForcingConfig:
         drop_audio: share of windows without speech (the null branch of guidance).
         shape_weight, gap_weight: weights of the shape field's and of the lip gap's error beside the texture's.
         averaged_odds: share of windows whose reference sequence is averaged over time.
+        solo_odds, second_odds: share of windows that are a stream's first chunk alone, and its first two chunks.
         versions: appearance (and speech) variants kept of every clip.
         speech_dropout: share of the speech features that are blanked, each by itself. One man's voice is most of the
             real speech; without it the lips of people who were not trained on follow their own speech less.
@@ -110,8 +114,8 @@ class Window(NamedTuple):
 
     Attributes:
         target: [7, K, g, g]. speech: [7, 4, D].
-        reference: [7, K, g, g] the same clip at another time.
-        shut, wide: [K, g, g] the most closed and the widest of some latents of that other time.
+        reference: [7, K, g, g] the same clip from another start (it may overlap the target).
+        shut, wide: [K, g, g] the most closed and the widest of some latents of that other segment.
     """
 
     target: Tensor
@@ -161,13 +165,13 @@ class Windows:
         return Window(target, audio, reference, shut, wide)
 
     def _elsewhere(self, start: int, frames: int, span: int) -> int:
-        """A start whose segment is not the target's."""
+        """The start of another segment; the two may overlap, but never lie frame on frame."""
         room = max(1, frames - span)
         for _ in range(20):
             other = int(self.rng.integers(0, room))
-            if abs(other - start) >= 6:
+            if abs(other - start) >= APART_FRAMES:
                 return other
-        return (start + room // 2) % room
+        return start - APART_FRAMES if start >= APART_FRAMES else start + APART_FRAMES
 
 
 def window_layout(kind: int) -> tuple[list[int], Tensor]:
@@ -383,7 +387,7 @@ def code_clips(
 ) -> tuple[list[Coded], NDArray[np.float64]]:
     """All clips that are long enough in ``config.versions`` appearances, with the draw weight of each."""
     sampler = Sampler(clips, seed=1)
-    long_enough = [len(c) > 1 + FRAMES_PER_LATENT * (STEADY - 1) for c in sampler.clips]
+    long_enough = [len(c) >= SHORTEST_FRAMES for c in sampler.clips]
     chosen = [c for c, keep in zip(sampler.clips, long_enough, strict=True) if keep]
     weights = [float(w) for w, keep in zip(sampler.weights, long_enough, strict=True) if keep]
     rows = speech_rows(encoder, chosen, np.random.default_rng(2))

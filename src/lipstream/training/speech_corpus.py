@@ -24,6 +24,7 @@ from lipstream.data.synthetic.visemes import Viseme, visemes_of
 from lipstream.data.synthetic.voices import Cast, Speech, vary
 from lipstream.media.opening import MediaError
 from lipstream.media.speech import load_speech
+from lipstream.training.codec import LEFT_OUT
 from lipstream.training.speech import ARTICULATIONS
 
 log = logging.getLogger(__name__)
@@ -110,13 +111,13 @@ def build(
     videos: Sequence[Path],
     synthetic_minutes: float,
     text: Path | None = None,
-    leave_out: Sequence[str] = (),
+    leave_out: Sequence[str] = LEFT_OUT,
     seed: int = 0,
 ) -> int:
     """Write all utterances; returns how many. Speakers or clips of ``leave_out`` become the test split.
 
     Raises:
-        ValueError: a folder holds nothing that can be heard.
+        ValueError: a folder that is missing or empty, or recordings in which nothing can be heard.
     """
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -126,14 +127,24 @@ def build(
         if not paths:
             raise ValueError(f"{folder}: no recordings ({', '.join(SUFFIXES)})")
         order = rng.permutation(len(paths))
+        before = count
         for number, samples in enumerate(recorded([paths[i] for i in order])):
             write_utterance(out, f"train_recorded-{name}_{number:04d}", samples, None)
             count += 1
+        if count == before:
+            raise ValueError(f"{folder}: {len(paths)} recordings, and nothing can be heard in any of them")
     for folder in videos:
-        for path in sorted(folder.glob("*.mp4")):
+        clips = sorted(folder.glob("*.mp4"))
+        if not clips:
+            raise ValueError(f"{folder}: no .mp4 files")
+        for path in clips:
             held = folder.name in leave_out or f"{folder.name}_{path.stem}" in leave_out
             name = f"{'test' if held else 'train'}_grid-{folder.name}_{path.stem}"
-            write_utterance(out, name, load_speech(path), None)
+            try:
+                write_utterance(out, name, load_speech(path), None)
+            except MediaError as error:
+                log.warning("skipped: %s", error)
+                continue
             count += 1
     if synthetic_minutes > 0:
         prose = read_sentences(text) if text is not None else []
@@ -152,7 +163,7 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, nargs="*", default=[], help="folders of talking clips, one speaker each")
     parser.add_argument("--synthetic-minutes", type=float, default=60.0)
     parser.add_argument("--text", type=Path, help="English prose for the synthesised voices")
-    parser.add_argument("--leave-out", nargs="*", default=[], help="speakers or clips for testing")
+    parser.add_argument("--leave-out", nargs="*", default=LEFT_OUT, help="speakers or clips for testing")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
@@ -160,7 +171,10 @@ def main() -> None:
     if any(not folder for _, _, folder in named):
         parser.error("--recordings takes NAME=FOLDER")
     recordings = {name: Path(folder) for name, _, folder in named}
-    count = build(a.out, recordings, a.videos, a.synthetic_minutes, a.text, a.leave_out, a.seed)
+    try:
+        count = build(a.out, recordings, a.videos, a.synthetic_minutes, a.text, a.leave_out, a.seed)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     log.info("%d utterances in %s", count, a.out)
 
 
