@@ -21,7 +21,7 @@ from lipstream.models.tae import TAE, TAE_FLAVOURS
 from lipstream.models.text import PROMPT, PromptEmbedding
 from lipstream.models.wan_vae import WAN_VAE_FLAVOURS, WanVAE
 from lipstream.models.wav2vec_features import FLAVOURS as SPEECH
-from lipstream.models.wav2vec_features import SpeechFeatures, Wav2VecConfig
+from lipstream.models.wav2vec_features import HUB_NAMES, SpeechFeatures, Wav2VecConfig
 
 TINY = DiTConfig(
     dim=128, ffn_dim=64, num_heads=1, num_layers=3, freq_dim=16, text_dim=12, audio_dim=SPEECH["test"].feature_dim,
@@ -31,13 +31,7 @@ TINY = DiTConfig(
 
 def hub_config(config: Wav2VecConfig) -> dict[str, object]:
     """config.json of a wav2vec2 folder."""
-    names = {
-        "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-        "ffn": "intermediate_size", "conv_channels": "conv_dim", "conv_kernels": "conv_kernel",
-        "conv_strides": "conv_stride", "position_taps": "num_conv_pos_embeddings",
-        "position_groups": "num_conv_pos_embedding_groups", "norm_eps": "layer_norm_eps",
-    }  # fmt: skip
-    return {"model_type": "wav2vec2"} | {names[field]: value for field, value in asdict(config).items()}
+    return {"model_type": "wav2vec2"} | {HUB_NAMES[field]: value for field, value in asdict(config).items()}
 
 
 def random_weights(network: nn.Module, std: float = 0.02) -> nn.Module:

@@ -164,6 +164,7 @@ def test_help_does_not_load_torch() -> None:
         (["sync", "clip.mp4", "speech.m4a", "-o", "out.mp4", "--model", "huge"], "huge"),
         (["demo", "-o", "taken.mp4"], "taken.mp4"),
         (["bench", "--model", "huge"], "1.3b"),
+        (["bench", "--model", "test", "--device", "gpu"], "unknown device"),
         (["bench", "--model", "test", "--size", "70"], "16 pixels"),
         (["bench", "--model", "test", "--layers", "9"], "1 to 3"),
         (["bench", "--model", "test", "--chunks", "2"], "at least 3"),

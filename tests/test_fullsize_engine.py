@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lipstream.checkpoints.artefacts import default_folder
 from lipstream.checkpoints.convert import convert
 from lipstream.checkpoints.encoders import load_prompt_embedding
 from lipstream.fullsize_engine import FileRows
@@ -105,6 +106,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
 
 def linked(folder: Path, target: Path, *without: str) -> Path:
     """A copy of a model folder without some files."""
+    target.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name not in without:
             (target / path.name).symlink_to(path)
@@ -168,3 +170,14 @@ def test_rows_of_a_file_are_the_offline_ones_and_the_last_one_is_held() -> None:
     expected = features(samples, 16)[0]
     torch.testing.assert_close(rows(0, 9), expected[:9])
     torch.testing.assert_close(rows(9, 21), torch.cat([expected[9:], expected[-1:].expand(5, -1)]))
+
+
+def test_pulled_files_are_looked_for_where_pull_puts_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        LipSync.from_pretrained("lipforcing-14b")
+    linked(folder, default_folder("lipforcing-14b"))
+    lipsync = LipSync.from_pretrained("lipforcing-14b", dtype=torch.float32, mask="built-in")
+    assert lipsync.name == "lipforcing-14b"

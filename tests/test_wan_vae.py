@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lipstream.checkpoints.keys_wan_vae import diffusers_to_official, official_to_diffusers
 from lipstream.models.wan_vae import WAN_VAE_FLAVOURS, WanVAE, WanVAEConfig, two_step_masked_latents
-from video_codecs import case, fill, flops, streamed, wave, weights
+from video_codecs import case, check_rollback, fill, flops, streamed, wave, weights
 
 OFFICIAL = WAN_VAE_FLAVOURS["official"]
 GOLDEN = dataclasses.replace(OFFICIAL, width=8)
@@ -177,17 +177,7 @@ def test_streams_share_weights_and_nothing_else(vae: WanVAE) -> None:
 
 
 def test_a_stream_can_be_rolled_back_and_begun_again(vae: WanVAE) -> None:
-    video, latents = wave(1, 3, 9, 8, 8), wave(1, 16, 3, 1, 1)
-    stream = vae.stream_view(1)
-    stream.encode(video[:, :, :5])
-    stream.decode(latents[:, :, :2])
-    saved = stream.snapshot()
-    once = stream.encode(video[:, :, 5:]), stream.decode(latents[:, :, 2:])
-    stream.restore(saved)
-    assert torch.equal(stream.encode(video[:, :, 5:]), once[0])
-    assert torch.equal(stream.decode(latents[:, :, 2:]), once[1])
-    stream.reset(1)
-    assert torch.equal(stream.encode(video), vae.encode(video))
+    check_rollback(vae, wave(1, 3, 9, 8, 8))
 
 
 def test_the_past_that_is_kept_does_not_grow_or_hold_more(vae: WanVAE) -> None:

@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lipstream.models.tae import TAE
+from lipstream.models.wan_vae import WanVAE
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -63,3 +66,18 @@ def flops(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
+
+
+def check_rollback(codec: WanVAE | TAE, video: Tensor) -> None:
+    """A stream taken back to a snapshot gives the same again, encoding and decoding; after a reset it is a new one."""
+    latents = wave(1, 16, 3, 1, 1)
+    stream = codec.stream_view(1)
+    stream.encode(video[:, :, :5])
+    stream.decode(latents[:, :, :2])
+    saved = stream.snapshot()
+    once = stream.encode(video[:, :, 5:]), stream.decode(latents[:, :, 2:])
+    stream.restore(saved)
+    assert torch.equal(stream.encode(video[:, :, 5:]), once[0])
+    assert torch.equal(stream.decode(latents[:, :, 2:]), once[1])
+    stream.reset(1)
+    assert torch.equal(stream.encode(video), codec.encode(video))

@@ -33,12 +33,13 @@ from lipstream.checkpoints.encoders import (
     save_prompt_embedding,
 )
 from lipstream.checkpoints.hub import read_folder_config
+from lipstream.devices import free_bytes, usable_device
 from lipstream.engines import ReadSpeech, Rows
 from lipstream.faces.crop import CropCompositor
 from lipstream.faces.mouth_mask import MouthMask, mouth_mask
 from lipstream.fullsize import FullSizeModel, VideoDecoder, VideoEncoder
 from lipstream.fullsize_session import CropObserver, CropSession
-from lipstream.memory import MemoryNeed, MemoryRequest, check_memory, free_bytes, memory_need
+from lipstream.memory import MemoryNeed, MemoryRequest, check_memory, memory_need
 from lipstream.models.audio import SAMPLES_PER_ROW
 from lipstream.models.dit_config import DiTConfig
 from lipstream.models.text import PROMPT, PromptEmbedding
@@ -77,8 +78,8 @@ class FullSizeOptions:
 class FullSizeEngine:
     """A loaded full-size model; see `lipstream.engines.Engine`."""
 
-    def __init__(self, model: FullSizeModel, features: SpeechFeatures, need: MemoryNeed) -> None:
-        self.model, self.features, self.need = model, features, need
+    def __init__(self, model: FullSizeModel, features: SpeechFeatures) -> None:
+        self.model, self.features = model, features
         self._compositor = CropCompositor(model.mask)
 
     @classmethod
@@ -94,7 +95,7 @@ class FullSizeEngine:
             ValueError: a file is missing or does not fit, or the memory is not enough; one line with the fix.
         """
         files = _Files(folder)
-        device = _device(options.device)
+        device = usable_device(options.device)
         mask = _mask(files, options)
         student = files.student()
         codecs = [assemble([files.need(VAE_FILE)], kind="wan-vae")]
@@ -132,7 +133,7 @@ class FullSizeEngine:
             folder, sum(p.numel() for p in dit.parameters()) / 1e6, device, options.dtype, mask.name, options.decoder,
             dit.backend,
         )  # fmt: skip
-        return cls(model, features, need)
+        return cls(model, features)
 
     def observer(self) -> CropObserver:
         """See `Engine`."""
@@ -230,23 +231,6 @@ class _Files:
         embedding = load_prompt_encoder(self.folder / TEXT_FILE).embed(PROMPT, tokenizer)
         save_prompt_embedding(embedding, self.prompt)
         return embedding
-
-
-def _device(name: str) -> torch.device:
-    """A device that this torch has.
-
-    Raises:
-        ValueError: it has not.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device '{name}': use cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device '{name}': this torch sees no GPU; use device cpu, or install torch with CUDA")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device '{name}': there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
-    return device
 
 
 def _mask(files: _Files, options: FullSizeOptions) -> MouthMask:

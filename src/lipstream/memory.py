@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -168,19 +167,6 @@ def check_memory(need: MemoryNeed, available: int, *, margin: float = MARGIN) ->
         f"not enough memory: about {_gb(wanted)} are needed (most of it, {_gb(largest)}, for {part}), {_gb(available)} "
         f"are free; {_advice(need.request, available, margin)}"
     )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that a process may still take; None where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _with_margin(need: MemoryNeed, margin: float) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lipstream.background import Ahead
+from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 BUILT_IN = ("pocket",)
-FULL_SIZE = ("lipforcing-14b",)
 _AHEAD = 16  # frames between two stages
 
 
@@ -261,12 +261,12 @@ def _folder_of(model: PathLike) -> Path:
     if str(model) in BUILT_IN:
         return Path(__file__).parent / "assets" / str(model)
     folder = Path(model)
-    if str(model) in FULL_SIZE and not folder.is_dir():
-        folder = Path.home() / ".cache" / "lipstream" / str(model)
+    if str(model) in MODELS and not folder.is_dir():
+        folder = default_folder(str(model))
         if not folder.is_dir():
             raise ValueError(f"model '{model}' is not on this machine ({folder}); fetch it: lipstream pull {model}")
     if not folder.is_dir():
-        names = ", ".join((*BUILT_IN, *FULL_SIZE))
+        names = ", ".join((*BUILT_IN, *MODELS))
         raise ValueError(f"unknown model '{model}': not a folder, and the known models are {names}")
     return folder
 

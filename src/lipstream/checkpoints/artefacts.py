@@ -6,7 +6,9 @@ the last 21, of some nothing. What is not known is empty and said so, never gues
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 NON_COMMERCIAL = "non-commercial research only"
@@ -140,3 +142,9 @@ def artefacts_of(model: str) -> tuple[Artefact, ...]:
     if model not in MODELS:
         raise ValueError(f"unknown model '{model}': files are known for {', '.join(MODELS)}")
     return MODELS[model]
+
+
+def default_folder(model: str) -> Path:
+    """Where a model's files go and are looked for: the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lipstream" / model

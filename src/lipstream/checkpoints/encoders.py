@@ -12,7 +12,6 @@ are listed and refused. Pickles are opened with `weights_only`.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import pickle
@@ -25,8 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lipstream.checkpoints.hashing import sha256_of
 from lipstream.checkpoints.keys_umt5 import UMT5_TIED, umt5_names
 from lipstream.checkpoints.keys_wav2vec2 import wav2vec2_names
+from lipstream.checkpoints.mapping import load_mapped
 from lipstream.models.syncnet import FLAVOURS as SYNCNETS
 from lipstream.models.syncnet import SyncNet, SyncNetConfig
 from lipstream.models.text import FLAVOURS as TEXTS
@@ -70,7 +71,7 @@ def load_prompt_encoder(path: Path | str, config: TextConfig = TEXTS["official"]
         ValueError: the file is missing or damaged, or its tensors do not fit.
     """
     path = Path(path)
-    tensors = _read_pickle(path, mapped=True)
+    tensors = _read_pickle(path)
     names = umt5_names(config.layers)
     with torch.device("meta"):
         encoder = PromptEncoder(config)
@@ -78,7 +79,7 @@ def load_prompt_encoder(path: Path | str, config: TextConfig = TEXTS["official"]
     network = encoder.network
     _fill(network, renamed, path, tied=UMT5_TIED)
     network.set_input_embeddings(network.shared)
-    encoder.weights_sha256 = file_sha256(path)
+    encoder.weights_sha256 = sha256_of(path)
     return encoder.eval().requires_grad_(False)
 
 
@@ -145,7 +146,7 @@ def load_official_prompt_embedding(path: Path | str, prompt: str) -> PromptEmbed
         ValueError: the file is missing or damaged, or holds something else.
     """
     path = Path(path)
-    stored = _unpickle(path, mapped=False)
+    stored = _unpickle(path)
     if isinstance(stored, Mapping):
         named = [stored[name] for name in OFFICIAL_EMBEDDING_NAMES if name in stored]
         stored = next(iter(named or stored.values()), None)
@@ -167,17 +168,11 @@ def load_syncnet(path: Path | str, config: SyncNetConfig = SYNCNETS["official"])
         ValueError: the file is missing or damaged, or its tensors do not fit.
     """
     path = Path(path)
-    tensors = _read_pickle(path, mapped=False)
+    tensors = _read_pickle(path)
     network = SyncNet(config)
     counters = {key: value for key, value in network.state_dict().items() if key.endswith(COUNTER)}
     _fill(network, counters | tensors, path)
     return network.eval().requires_grad_(False)
-
-
-def file_sha256(path: Path | str) -> str:
-    """SHA-256 of a file as hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, tied: Mapping[str, str] | None = None) -> None:
@@ -224,19 +219,19 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def _read_pickle(path: Path, mapped: bool) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> dict[str, Tensor]:
     """A file of named tensors."""
-    stored = _unpickle(path, mapped)
+    stored = _unpickle(path)
     if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise ValueError(f"{path}: holds no dictionary of tensors")
     return dict(stored)
 
 
-def _unpickle(path: Path, mapped: bool) -> Any:
+def _unpickle(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return load_mapped(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable weights file ({reason})") from error

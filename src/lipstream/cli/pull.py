@@ -7,7 +7,6 @@ $ lipstream pull lipforcing-14b --from-folder /mnt/usb      # offline: the same 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from lipstream.checkpoints.artefacts import MODELS, Artefact, artefacts_of
+from lipstream.checkpoints.artefacts import MODELS, Artefact, artefacts_of, default_folder
 from lipstream.checkpoints.pull import Outcome, check_disk, free_bytes, missing_bytes, pull
 from lipstream.cli.common import (
     EXIT_FAILED,
@@ -80,12 +79,6 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     print(f"{folder}: {len(files) - failed} of {len(files)} files are there")
     return EXIT_FAILED if failed else EXIT_OK
-
-
-def default_folder(model: str) -> Path:
-    """The user's cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "lipstream" / model
 
 
 def _chosen(files: Sequence[Artefact], patterns: Sequence[str] | None) -> list[Artefact]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lipstream.devices import usable_device
 from lipstream.diffusion.rollout import Rollout
 from lipstream.diffusion.sampler import Noise, chunk_generator, generated_noise
 from lipstream.evaluation.bench_parts import BenchParts, Codec, load_parts, pixel_frames_of
@@ -243,7 +244,7 @@ def bench(config: BenchConfig, progress: Callable[[str], None] | None = None) ->
         ValueError: a device that is not there, or parts that cannot be built (see `load_parts`).
     """
     tell = progress or (lambda _: None)
-    device = _device(config.device)
+    device = usable_device(config.device)
     began = time.perf_counter()
     tell("building the networks")
     parts = load_parts(
@@ -313,13 +314,6 @@ def _attention(parts: BenchParts, config: BenchConfig, device: torch.device) -> 
     )
     used = choose_backend(q, k) if config.attention == "auto" else config.attention
     return f"{used} (available: {', '.join(available_backends(device))})"
-
-
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"no device {name!r} here: torch sees no CUDA GPU; use --device cpu")
-    return device
 
 
 def _latents(parts: BenchParts, config: BenchConfig) -> list[tuple[Any, Tensor]]:

@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lipstream.devices import free_bytes
 from lipstream.evaluation.costs import DiTCosts
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES, MODEL_FPS, SPEECH_RATE
-from lipstream.memory import free_bytes
+from lipstream.memory import dit_parameters
 from lipstream.models.audio import SpeechEncoder
 from lipstream.models.codec import PocketCodec
 from lipstream.models.dit import FLAVOURS, Conditions, DiT, DiTConfig
@@ -149,11 +150,9 @@ def _with_layers(config: DiTConfig, layers: int | None) -> tuple[DiTConfig, list
 
 def _check_memory(config: DiTConfig, cells: int, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse before the machine does."""
-    with torch.device("meta"):
-        numbers = sum(parameter.numel() for parameter in DiT(config).parameters())
     tokens = (cells // config.patch[1]) * (cells // config.patch[2])
     activations = 3 * tokens * (config.ffn_dim + 8 * config.dim) * dtype.itemsize
-    need = numbers * dtype.itemsize + DiTCosts(config, tokens).cache_bytes(dtype.itemsize) + activations
+    need = dit_parameters(config) * dtype.itemsize + DiTCosts(config, tokens).cache_bytes(dtype.itemsize) + activations
     free = free_bytes(device)
     if free is not None and need > free:
         raise ValueError(

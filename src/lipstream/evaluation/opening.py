@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lipstream.faces.canvas import INNER_LIP_PAIRS
 from lipstream.faces.track import FaceTracker
 from lipstream.media.reader import VideoReader
 
 Series = NDArray[np.float64]
 
-# MediaPipe mesh indices: upper and lower inner lip at three places, and the outer corners of the eyes.
-INNER_LIP_PAIRS = ((13, 14), (82, 87), (312, 317))
+# MediaPipe mesh indices of the outer corners of the eyes.
 EYE_CORNERS = (33, 263)
 
 

@@ -9,6 +9,7 @@ mouth mask, so there is no seam to hide and every pixel outside is the source's,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -50,6 +51,25 @@ class Patch:
     box: tuple[int, int, int, int]
     rgb: NDArray[np.uint8]
     alpha: NDArray[np.uint8]
+
+
+def clipped_box(points: NDArray[Any], margin_px: int, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """Even-aligned rectangle (left, top, right, bottom) around points [n, 2], source px, clipped to the picture.
+
+    Args:
+        size: (height, width) of the picture.
+
+    Returns:
+        None where less than 8 px are in the picture.
+    """
+    left, top = (int(v) for v in np.floor(points.min(0)) - margin_px)
+    right, bottom = (int(v) for v in np.ceil(points.max(0)) + margin_px + 1)
+    height, width = size
+    left, top = max(0, left) & ~1, max(0, top) & ~1
+    right, bottom = min(width, right + (right & 1)), min(height, bottom + (bottom & 1))
+    if right - left < 8 or bottom - top < 8:
+        return None
+    return left, top, right, bottom
 
 
 class Compositor:
@@ -125,14 +145,7 @@ class Compositor:
         inside = target_map[self._support]
         back = alignment.inverse
         source = inside @ back[:, :2].T + back[:, 2]
-        left, top = (int(v) for v in np.floor(source.min(0)) - 2)
-        right, bottom = (int(v) for v in np.ceil(source.max(0)) + 3)
-        height, width = size
-        left, top = max(0, left) & ~1, max(0, top) & ~1
-        right, bottom = min(width, right + (right & 1)), min(height, bottom + (bottom & 1))
-        if right - left < 8 or bottom - top < 8:
-            return None
-        return left, top, right, bottom
+        return clipped_box(source, 2, size)
 
     def _invert(self, target_map: Float) -> tuple[Float, tuple[int, int]]:
         """Crop px -> canvas px by averaging the canvas points that land on each crop px.

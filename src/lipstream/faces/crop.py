@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lipstream.faces.canvas import Alignment, FaceCanvas, shrunk_for_reading
-from lipstream.faces.composite import Patch
+from lipstream.faces.composite import Patch, clipped_box
 from lipstream.faces.mouth_mask import MouthMask
 from lipstream.faces.official import ALIGNED_PX, CROP_HEIGHT, CROP_WIDTH, FILL, anchor_similarity, mesh_anchors
 
@@ -153,11 +153,4 @@ class CropCompositor:
         """Even-aligned source rectangle that holds the mask, clipped to the picture."""
         back = cv2.invertAffineTransform(matrix)
         source = self._corners @ back[:, :2].T + back[:, 2]
-        left, top = (int(v) for v in np.floor(source.min(0)) - 1)
-        right, bottom = (int(v) for v in np.ceil(source.max(0)) + 2)
-        height, width = size
-        left, top = max(0, left) & ~1, max(0, top) & ~1
-        right, bottom = min(width, right + (right & 1)), min(height, bottom + (bottom & 1))
-        if right - left < 8 or bottom - top < 8:
-            return None
-        return left, top, right, bottom
+        return clipped_box(source, 1, (size[0], size[1]))

@@ -39,6 +39,13 @@ TRAINING_ROWS = 81  # the official training clips
 BLOCK_FRAMES = 1_500
 
 Attention = Literal["sdpa", "eager"]
+# Fields of `Wav2VecConfig` -> what a Hub folder's config.json calls them.
+HUB_NAMES = {
+    "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "ffn": "intermediate_size", "conv_channels": "conv_dim", "conv_kernels": "conv_kernel",
+    "conv_strides": "conv_stride", "position_taps": "num_conv_pos_embeddings",
+    "position_groups": "num_conv_pos_embedding_groups", "norm_eps": "layer_norm_eps",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +102,7 @@ class Wav2VecConfig:
         wrong = {key: data[key] for key, value in needed.items() if data.get(key, value) != value}
         if wrong or data.get("add_adapter"):
             raise ValueError(f"not a network of the wav2vec2-base family: {wrong or {'add_adapter': True}}")
-        names = {
-            "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-            "ffn": "intermediate_size", "conv_channels": "conv_dim", "conv_kernels": "conv_kernel",
-            "conv_strides": "conv_stride", "position_taps": "num_conv_pos_embeddings",
-            "position_groups": "num_conv_pos_embedding_groups", "norm_eps": "layer_norm_eps",
-        }  # fmt: skip
-        given: dict[str, Any] = {ours: data[theirs] for ours, theirs in names.items() if theirs in data}
+        given: dict[str, Any] = {ours: data[theirs] for ours, theirs in HUB_NAMES.items() if theirs in data}
         for field in ("conv_channels", "conv_kernels", "conv_strides"):
             if field in given:
                 given[field] = tuple(given[field])  # JSON has lists
