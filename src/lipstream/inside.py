@@ -64,6 +64,11 @@ class MouthInside:
         self._frame = 0
         self._shown: _Memory | None = None
 
+    @property
+    def shown_any(self) -> bool:
+        """Whether the source has shown the inside of its mouth; once it has, that stays so."""
+        return bool(self._memories)
+
     def see(self, field: Tensor, texture: Tensor) -> None:
         """Remember a source frame: shape field [20, 20, 2] and the paint box of its texture [3, h, w]."""
         opening, width = float(self._ruler.opening(field)), float(self._ruler.width(field))

@@ -24,7 +24,7 @@ from lipstream.faces.canvas import CANVAS_PX, FaceCanvas, Float, outline_weight
 from lipstream.inside import LipRuler, MouthInside
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES
 from lipstream.models.audio import SpeechEncoder, load_speech_encoder
-from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
+from lipstream.models.codec import FRAMES_PER_LATENT, Decoded, PocketCodec
 from lipstream.models.dit import Conditions, DiT
 
 OFFSET_RATE = 0.04  # per pixel frame: a time constant of one second
@@ -137,8 +137,9 @@ class Take:
         textures = torch.from_numpy(np.stack([f.texture for f in frames]))
         textures = rearrange(textures, "f h w c -> 1 f c h w").float() / 255
         z = self._codec.encode(fields, textures)
-        neutral, posed = self._neutral(z)
-        shut, wide = self._extremes(z, fields[0])
+        free, posed = (torch.stack(parts, 2) for parts in zip(*map(self._codec.split_pose, z.unbind(2)), strict=True))
+        neutral = self._neutral(free)
+        shut, wide = self._extremes(free, fields[0])
         conditions = Conditions(
             reference=shut.to(dtype),
             mask=self._mask.to(dtype),
@@ -148,28 +149,25 @@ class Take:
         )
         generated = self._believable(self._rollout.step(conditions).float(), neutral)
         x0, resting_z = (torch.where(self._mask > 0, free + posed, z) for free in (generated, neutral))
-        decoded = self._codec.decode(x0, z, textures)
-        shapes = self._keep_outline(decoded.fields[0], self._fields(resting_z), fields[0])
-        paint, gate = self._inside(shapes, fields[0], textures[0], decoded.paint[0], decoded.gate[0])
+        # Once the source has shown the inside of its mouth, the painter has nothing more to say.
+        painted = None if self._memory.shown_any else self._codec.decode(x0, z, textures)
+        shapes = self._keep_outline(self._fields(x0), self._fields(resting_z), fields[0])
+        paint, gate = self._inside(shapes, fields[0], textures[0], painted)
         return self._mouths(shapes, paint, gate)
 
-    def _neutral(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The source's resting face and its pose, z [1, K, T, g, g] -> both of that shape.
+    def _neutral(self, free: Tensor) -> Tensor:
+        """The source's resting face, of its pose-free latents [1, K, T, g, g]: their average over the past seconds.
 
-        The resting face is the pose-free latent averaged over the past seconds: it is what the model sees of the
-        source (its reference sequence), and since an average hardly moves, the source's own words cannot shine through.
-        Causal, latent frame by latent frame: chunking makes no difference.
+        It is what the model sees of the source (its reference sequence), and since an average hardly moves, the
+        source's own words cannot shine through. Causal, latent frame by latent frame: chunking makes no difference.
         """
-        codec = self._codec
-        neutral, posed = [], []
-        for frame in z.unbind(2):
-            free, pose = codec.split_pose(frame)
-            self._average = free if self._average is None else self._average + REFERENCE_RATE * (free - self._average)
+        neutral = []
+        for frame in free.unbind(2):
+            self._average = frame if self._average is None else self._average + REFERENCE_RATE * (frame - self._average)
             neutral.append(self._average)
-            posed.append(pose)
-        return torch.stack(neutral, 2), torch.stack(posed, 2)
+        return torch.stack(neutral, 2)
 
-    def _extremes(self, z: Tensor, fields: Tensor) -> tuple[Tensor, Tensor]:
+    def _extremes(self, free: Tensor, fields: Tensor) -> tuple[Tensor, Tensor]:
         """The most closed and the widest mouth that the source has shown so far, pose-free [1, K, 1, g, g].
 
         They tell the model how this person's closed lips measure, and how far this mouth opens.
@@ -177,12 +175,11 @@ class Take:
         opening = self.model.ruler.opening(fields)
         groups = opening if self._rollout.chunk else torch.cat([opening[:1].expand(FRAMES_PER_LATENT - 1), opening])
         means = rearrange(groups, "(t f) -> t f", f=FRAMES_PER_LATENT).mean(1)
-        for frame, value in zip(z.unbind(2), means.tolist(), strict=True):
-            free = self._codec.pose_free(frame)
+        for frame, value in zip(free.unbind(2), means.tolist(), strict=True):
             if self._shut is None or value < self._shut[0]:
-                self._shut = value, free
+                self._shut = value, frame
             if self._wide is None or value > self._wide[0]:
-                self._wide = value, free
+                self._wide = value, frame
         assert self._shut is not None and self._wide is not None
         return self._shut[1][:, :, None], self._wide[1][:, :, None]
 
@@ -207,7 +204,7 @@ class Take:
         return torch.stack(kept, 2)
 
     def _fields(self, z: Tensor) -> Tensor:
-        """Shape fields [F, 20, 20, 2] of the latents of the chunk just decoded."""
+        """Shape fields [F, 20, 20, 2] of the latents of the chunk just generated."""
         groups = self._codec.decode_fields(rearrange(z, "1 k t h w -> t k h w"))
         frames = groups.flatten(0, 1)
         return frames[FRAMES_PER_LATENT - 1 :] if self._rollout.chunk == 1 else frames  # the lone first frame
@@ -234,21 +231,26 @@ class Take:
         return torch.stack(kept)
 
     def _inside(
-        self, shapes: Tensor, source: Tensor, textures: Tensor, paint: Tensor, gate: Tensor
+        self, shapes: Tensor, source: Tensor, textures: Tensor, painted: Decoded | None
     ) -> tuple[Tensor, Tensor]:
         """Show this person's own teeth where the mouth opens (`lipstream.inside`).
 
-        Before the source has opened its mouth once, the painter has its way: paint [F, 3, h, w] and gate [F, h, w] of
-        the paint box. Causal, frame by frame.
+        Before the source has opened its mouth once, the painter has its way. Gives paint [F, 3, h, w] and gate
+        [F, h, w] of the paint box. Causal, frame by frame.
         """
         top, bottom, left, right = self.model.codec.config.paint_box_px
-        window = self._codec.inside_window(gate)
+        window = self._codec.inside_window(shapes)
         paints, gates = [], []
         for i, shape in enumerate(shapes):
             self._memory.see(source[i], textures[i, :, top:bottom, left:right])
             own, share = self._memory.show(shape)
-            paints.append(paint[i].float() if own is None else own)
-            gates.append(share * window if own is not None else gate[i].float())
+            if own is not None:
+                paints.append(own)
+                gates.append(share * window)
+            else:
+                assert painted is not None  # nothing has been shown yet
+                paints.append(painted.paint[0, i])
+                gates.append(painted.gate[0, i])
         return torch.stack(paints), torch.stack(gates)
 
     def commit(self) -> None:

@@ -217,18 +217,31 @@ class ForcingLoss:
         speech = F.dropout(speech, self.config.speech_dropout)
         speech[silent] = 0
         t = self._times(kind, len(rows))
+        noisy = add_noise(target, torch.randn_like(target), t)
+        x0 = self.predict(self.model, noisy, t, speech, (shut, wide, reference), visible)
+        return self._loss(x0, target, reference, t, kind)
+
+    def predict(
+        self, model: DiT, noisy: Tensor, t: Tensor, speech: Tensor, seen: tuple[Tensor, Tensor, Tensor], visible: Tensor
+    ) -> Tensor:
+        """x0 [B, K, T, g, g] of noisy latents at times t [B, T]; all that ``lipstream.mouth`` gives the network.
+
+        Args:
+            speech: [B, T, 4, D].
+            seen: of the source, pose-free: most closed and widest mouth [B, K, 1, g, g], reference sequence.
+            visible: [T, T] bool.
+        """
+        shut, wide, reference = seen
         with torch.autocast("cpu", torch.bfloat16):
-            audio = self.model.audio_proj.join(speech)
             conditions = Conditions(
                 reference=shut,
                 mask=self.mask,
-                masked_video=wide.expand_as(target),
+                masked_video=wide.expand_as(noisy),
                 ref_sequence=reference,
-                audio=audio,
+                audio=model.audio_proj.join(speech),
             )
-            x = add_noise(target, torch.randn_like(target), t)
-            x0 = self.model(x, t, conditions, frame_mask=visible)
-        return self._loss(x0.float(), target, reference, t, kind)
+            x0: Tensor = model(noisy, t, conditions, frame_mask=visible)
+        return x0.float()
 
     def _pose_free(self, z: Tensor) -> Tensor:
         """[B, T, K, g, g] -> pose-free [B, K, T, g, g]."""
@@ -320,15 +333,8 @@ class Listening:
         t[:, -CHUNK:] = STUDENT_TIMES[0]
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         assert isinstance(model, DiT)
-        with torch.autocast("cpu", torch.bfloat16):
-            conditions = Conditions(
-                reference=shut.expand(len(z), -1, -1, -1, -1),
-                mask=self.loss.mask,
-                masked_video=wide.expand_as(z),
-                ref_sequence=reference,
-                audio=model.audio_proj.join(speech),
-            )
-            x0 = model(add_noise(z, noise, t), t, conditions, frame_mask=window_layout(2)[1]).float()
+        shut = shut.expand(len(z), -1, -1, -1, -1)
+        x0 = self.loss.predict(model, add_noise(z, noise, t), t, speech, (shut, wide, reference), window_layout(2)[1])
         gaps = (self.loss.lip_gap(q[:, :, -CHUNK:]).flatten() for q in (x0, z))
         return next(gaps), next(gaps)
 
