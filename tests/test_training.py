@@ -25,7 +25,7 @@ from lipstream.training.forcing import (
     shift_pitch,
     window_layout,
 )
-from lipstream.training.loop import Loop, LoopConfig
+from lipstream.training.loop import Loop, LoopConfig, LossFunction, Trainee
 from lipstream.training.samples import Clip, load_clips
 from tiny import tiny_codec, tiny_dit
 
@@ -54,18 +54,18 @@ def test_loop_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
     config = LoopConfig(steps=20, lr=0.1, warmup=2, report_every=5, save_every=7)
     model, loss = make()
-    whole = Loop(model, config, tmp_path / "whole").run(loss)
+    whole = Loop([Trainee(model=model, loss=loss)], config, tmp_path / "whole").run()["model"]
 
     model, loss = make()
-    first = Loop(model, config, tmp_path / "cut")
+    first = Loop([Trainee(model=model, loss=loss)], config, tmp_path / "cut")
     while first.step < 9:  # killed two steps after the checkpoint of step 7
-        first._one_step(loss)
+        first._one_step()
         if first.step == 7:
             first.save()
     model, loss = make()
-    resumed = Loop(model, config, tmp_path / "cut")
+    resumed = Loop([Trainee(model=model, loss=loss)], config, tmp_path / "cut")
     assert resumed.step == 7
-    again = resumed.run(loss)
+    again = resumed.run()["model"]
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
@@ -74,9 +74,35 @@ def test_loop_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 def test_loop_stops_at_a_broken_gradient(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
-    loop = Loop(model, LoopConfig(steps=3), tmp_path)
+    broken = Trainee(model=model, loss=lambda step: (model.weight.sum() * float("inf"), {}))
     with pytest.raises(FloatingPointError, match="step 0"):
-        loop.run(lambda step: (model.weight.sum() * float("inf"), {}))
+        Loop([broken], LoopConfig(steps=3), tmp_path).run()
+
+
+def test_two_networks_take_turns_and_resume(tmp_path: Path) -> None:
+    def make() -> tuple[Loop, list[str]]:
+        torch.manual_seed(0)
+        critic, student, turns = nn.Linear(1, 1), nn.Linear(1, 1), []
+
+        def loss(name: str, model: nn.Linear) -> LossFunction:
+            return lambda step: (turns.append(name), (model.weight.square().sum(), {}))[1]
+
+        trainees = [
+            Trainee(name="critic", model=critic, loss=loss("critic", critic)),
+            Trainee(name="student", model=student, loss=loss("student", student), every=3, lr=0.5),
+        ]
+        return Loop(trainees, LoopConfig(steps=4, lr=0.1, save_every=2), tmp_path), turns
+
+    loop, turns = make()
+    loop.run(until=2)
+    assert turns == ["critic", "student", "critic"]
+    resumed, turns = make()
+    resumed.run()
+    assert resumed.step == 4 and turns == ["critic", "critic", "student"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {"critic.loss", "student.loss"} < set(rows[-1])
+    with pytest.raises(ValueError, match="another kind of run"):
+        Loop([Trainee(model=nn.Linear(1, 1), loss=lambda step: (torch.zeros(()), {}))], LoopConfig(steps=4), tmp_path)
 
 
 def test_learning_rate_warms_up_and_falls() -> None:
@@ -111,9 +137,8 @@ def test_painter_learns(tmp_path: Path) -> None:
     assert all(0 < share <= 1 for share in kept.values())
     loss = PainterLoss(codec, sampler, batch=2)
     losses = []
-    Loop(codec, LoopConfig(steps=30, lr=5e-3, warmup=1), tmp_path).run(
-        lambda step: (lambda out: (losses.append(out[0].item()), out)[1])(loss(step))
-    )
+    trainee = Trainee(model=codec, loss=lambda step: (lambda out: (losses.append(out[0].item()), out)[1])(loss(step)))
+    Loop([trainee], LoopConfig(steps=30, lr=5e-3, warmup=1), tmp_path).run()
     assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
 
 

@@ -120,7 +120,7 @@ def _open_codec(model: str) -> PocketCodec:
     torch.set_num_threads(1)
     if path.suffix == ".pt":
         codec = PocketCodec(FLAVOURS["pocket"])
-        codec.load_state_dict(torch.load(path, weights_only=True)["averaged"])
+        codec.load_state_dict(torch.load(path, weights_only=True)["model"]["averaged"])
     else:
         path = path if path.exists() else Path(__file__).parent.parent / "assets" / model
         codec = load_codec(path / "codec.safetensors" if path.is_dir() else path)

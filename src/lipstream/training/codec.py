@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from lipstream.faces.canvas import FaceCanvas
 from lipstream.models.codec import FLAVOURS, FRAMES_PER_LATENT, PocketCodec
-from lipstream.training.loop import Loop, LoopConfig
+from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.samples import Clip, load_clips
 
 log = logging.getLogger(__name__)
@@ -295,9 +295,9 @@ def train(run: Path, samples: Sequence[Path], loop: LoopConfig, flavour: str = "
         linear = {k: v for k, v in codec.state_dict().items() if not k.startswith("painter.")}
         torch.save(linear, fitted)
     codec = codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trainer = Loop(codec, loop, run)
+    trainer = Loop([Trainee(model=codec, loss=PainterLoss(codec, sampler, batch))], loop, run)
     sampler.rng = np.random.default_rng(trainer.step + 1)  # a resumed run goes on to new draws
-    trained = trainer.run(PainterLoss(codec, sampler, batch))
+    trained = trainer.run()["model"]
     assert isinstance(trained, PocketCodec)
     return trained
 

@@ -21,7 +21,7 @@ from lipstream.models.dit import FLAVOURS, DiT
 log = logging.getLogger(__name__)
 
 
-def load_averaged(model: nn.Module, run: Path) -> int:
+def load_averaged(model: nn.Module, run: Path, trainee: str = "model") -> int:
     """Fill ``model`` with a run's averaged weights; returns the step they are of.
 
     Raises:
@@ -31,7 +31,7 @@ def load_averaged(model: nn.Module, run: Path) -> int:
     if not checkpoint.exists():
         raise ValueError(f"{checkpoint}: no such checkpoint; has the run saved one yet?")
     state = torch.load(checkpoint, weights_only=True)
-    model.load_state_dict(state["averaged"])
+    model.load_state_dict(state[trainee]["averaged"])
     return int(state["step"])
 
 

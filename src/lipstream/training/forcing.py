@@ -36,7 +36,7 @@ from lipstream.models.audio import SpeechEncoder, load_speech_encoder
 from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec, inner_lip_distance
 from lipstream.models.dit import FLAVOURS, Conditions, DiT
 from lipstream.training.codec import LEFT_OUT, Sampler
-from lipstream.training.loop import Loop, LoopConfig
+from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.samples import Clip, load_clips
 from lipstream.training.speech import augment
 
@@ -431,14 +431,15 @@ def train(
     model = DiT(FLAVOURS[flavour])
     if start_from is not None:
         model.load_state_dict(load_dit(start_from)[0].state_dict())
-    trainer = Loop(model, loop, run)
-    windows = Windows(coded, weights, config, seed=trainer.step + 10)
+    windows = Windows(coded, weights, config, seed=10)
     loss = ForcingLoss(model, codec, windows)
+    trainer = Loop([Trainee(model=model, loss=loss)], loop, run)
+    windows.rng = np.random.default_rng(trainer.step + 10)  # a resumed run goes on to new draws
     listening = None
     if held:
         plain = replace(config, versions=1)
         listening = Listening(loss, code_clips(codec, held, encoder, plain)[0])
-    trained = trainer.run(loss, listening)
+    trained = trainer.run(listening and (lambda models: listening(models["model"])))["model"]
     assert isinstance(trained, DiT)
     return trained
 
