@@ -435,11 +435,14 @@ def train(
     loss = ForcingLoss(model, codec, windows)
     trainer = Loop([Trainee(model=model, loss=loss)], loop, run)
     windows.rng = np.random.default_rng(trainer.step + 10)  # a resumed run goes on to new draws
-    listening = None
+    evaluate = None
     if held:
-        plain = replace(config, versions=1)
-        listening = Listening(loss, code_clips(codec, held, encoder, plain)[0])
-    trained = trainer.run(listening and (lambda models: listening(models["model"])))["model"]
+        listening = Listening(loss, code_clips(codec, held, encoder, replace(config, versions=1))[0])
+
+        def evaluate(models: dict[str, nn.Module]) -> dict[str, float]:
+            return listening(models["model"])
+
+    trained = trainer.run(evaluate)["model"]
     assert isinstance(trained, DiT)
     return trained
 
