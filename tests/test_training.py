@@ -15,17 +15,10 @@ from lipstream.inside import LipRuler
 from lipstream.models.codec import FLAVOURS, PocketCodec
 from lipstream.models.dit import DiT
 from lipstream.training.codec import AreaWeight, PainterLoss, Sampler, fit_codes, texture_loss
-from lipstream.training.forcing import (
-    Coded,
-    ForcingConfig,
-    ForcingLoss,
-    Listening,
-    Windows,
-    code_clip,
-    shift_pitch,
-    window_layout,
-)
+from lipstream.training.coded import Coded, Windows, code_clip, shift_pitch
+from lipstream.training.forcing import ForcingConfig, ForcingLoss, Listening, window_layout
 from lipstream.training.loop import Loop, LoopConfig, LossFunction, Trainee
+from lipstream.training.mouths import MouthTask
 from lipstream.training.samples import Clip, load_clips
 from tiny import tiny_codec, tiny_dit
 
@@ -172,11 +165,11 @@ def coded() -> list[Coded]:
 
 
 def test_windows_show_the_target_and_another_time_of_the_same_clip(coded: list[Coded]) -> None:
-    windows = Windows(coded, np.ones(2), ForcingConfig(), seed=0)
-    for kind in (0, 1, 2) * 5:
-        target, audio, reference, shut, wide = windows.draw(kind)
+    windows = Windows(coded, np.ones(2), seed=0)
+    for sink_apart in (False, True) * 8:
+        target, audio, reference, shut, wide = windows.draw(sink_apart)
         assert target.shape == reference.shape == (7, 8, 10, 10) and audio.shape == (7, 4, 16)
-        assert not any(torch.equal(target[i], reference[i]) for i in range(7))
+        assert not any(torch.equal(target[i], reference[i]) for i in range(int(sink_apart), 7))
         clip = next(c for c in coded if any(torch.equal(m.float(), shut) for m in c.moving))
         lowest, highest = (
             next(o for o, m in zip(clip.opening, clip.moving, strict=True) if torch.equal(m.float(), end))
@@ -184,7 +177,7 @@ def test_windows_show_the_target_and_another_time_of_the_same_clip(coded: list[C
         )
         assert lowest <= highest
     clip = coded[0]
-    target, audio = Windows([clip], np.ones(1), ForcingConfig(), seed=3).draw(1)[:2]
+    target, audio = Windows([clip], np.ones(1), seed=3).draw()[:2]
     start = next(i for i in range(len(clip.still)) if torch.equal(clip.still[i].float(), target[0]))
     torch.testing.assert_close(target[1], clip.moving[start + 1].float())  # groups follow the first frame at once
     assert any(torch.equal(audio[1], rows[start + 1 : start + 5].float()) for rows in clip.speech)
@@ -192,7 +185,7 @@ def test_windows_show_the_target_and_another_time_of_the_same_clip(coded: list[C
 
 def test_layouts_are_what_the_rolling_cache_shows() -> None:
     frames, visible = window_layout(2)
-    assert len(frames) == 7
+    assert frames == 7
     assert visible[0].tolist() == [True] + [False] * 6  # the sink sees itself
     assert visible[3].tolist() == [True] * 4 + [False] * 3  # the previous chunk sees the sink and itself
     assert visible[6].all()  # the current chunk sees everything
@@ -203,8 +196,9 @@ def test_forcing_learns_and_counts_only_hidden_cells(coded: list[Coded]) -> None
     codec = tiny_codec()
     model = tiny_dit(codec)
     config = ForcingConfig(batch=4)
-    loss = ForcingLoss(model, codec, Windows(coded, np.ones(2), config, seed=0))
-    assert loss.weight[:, : codec.config.known_rows].abs().max() == 0
+    task = MouthTask(codec, Windows(coded, np.ones(2), seed=0), config)
+    loss = ForcingLoss(model, task, config)
+    assert task.weight[:, : codec.config.known_rows].abs().max() == 0
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     torch.manual_seed(0)
     losses = []
@@ -219,7 +213,8 @@ def test_forcing_learns_and_counts_only_hidden_cells(coded: list[Coded]) -> None
 
 def test_listening_tells_lips_that_follow_from_lips_that_do_not(coded: list[Coded]) -> None:
     codec = tiny_codec()
-    loss = ForcingLoss(tiny_dit(codec), codec, Windows(coded, np.ones(2), ForcingConfig(batch=2), seed=0))
+    task = MouthTask(codec, Windows(coded, np.ones(2), seed=0), ForcingConfig(batch=2))
+    model = tiny_dit(codec).eval()
 
     class Knows(DiT):
         """Answers with the clean latents."""
@@ -228,13 +223,11 @@ def test_listening_tells_lips_that_follow_from_lips_that_do_not(coded: list[Code
             return truth[0]
 
     truth: list[torch.Tensor] = []
-    listening = Listening(loss, coded[:1])
-    pose_free = loss._pose_free
-    loss._pose_free = lambda z: truth.append(pose_free(z)) or truth[-1]  # type: ignore[method-assign, func-returns-value]
-    knowing = Knows(loss.model.config)
-    assert listening(knowing)["r_synth"] == pytest.approx(1.0, abs=1e-4)
-    loss._pose_free = pose_free  # type: ignore[method-assign]
-    assert abs(Listening(loss, coded[:1])(loss.model.eval())["r_synth"]) < 0.95
+    pose_free = task.pose_free
+    task.pose_free = lambda z: truth.append(pose_free(z)) or truth[-1]  # type: ignore[method-assign, func-returns-value]
+    assert Listening(task, coded[:1])(Knows(model.config))["r_synth"] == pytest.approx(1.0, abs=1e-4)
+    task.pose_free = pose_free  # type: ignore[method-assign]
+    assert abs(Listening(task, coded[:1])(model)["r_synth"]) < 0.95
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.3])
