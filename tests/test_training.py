@@ -11,26 +11,16 @@ import torch
 from torch import nn
 
 from lipstream.faces.canvas import FaceCanvas
-from lipstream.inside import LipRuler
+from lipstream.models.audio import SpeechEncoder, speech_config
 from lipstream.models.codec import FLAVOURS, PocketCodec
 from lipstream.models.dit import DiT
 from lipstream.training.codec import AreaWeight, PainterLoss, Sampler, fit_codes, texture_loss
-from lipstream.training.coded import Coded, Windows, code_clip, shift_pitch
+from lipstream.training.coded import Coded, Windows, code_clips, shift_pitch
 from lipstream.training.forcing import ForcingConfig, ForcingLoss, Listening, window_layout
 from lipstream.training.loop import Loop, LoopConfig, LossFunction, Trainee
 from lipstream.training.mouths import MouthTask
-from lipstream.training.samples import Clip, load_clips
-from tiny import tiny_codec, tiny_dit
-
-
-def made_up_clip(name: str = "synth_0", frames: int = 40, seed: int = 0) -> Clip:
-    rng = np.random.default_rng(seed)
-    wave = np.sin(np.arange(frames) / 3)[:, None, None, None]
-    fields = (rng.normal(size=(1, 20, 20, 2)) + wave * rng.normal(size=(1, 20, 20, 2))).astype(np.float16)
-    base = rng.integers(0, 200, (1, 160, 160, 3))
-    textures = np.clip(base + 30 * wave + rng.integers(0, 5, (frames, 160, 160, 3)), 0, 255).astype(np.uint8)
-    speech = rng.integers(-3000, 3000, frames * 640).astype(np.int16)
-    return Clip(name, fields, textures, np.ones(frames, bool), speech)
+from lipstream.training.samples import load_clips
+from tiny import coded_clips, made_up_clip, tiny_codec, tiny_dit
 
 
 def test_loop_resumes_to_the_same_weights(tmp_path: Path) -> None:
@@ -154,14 +144,7 @@ def test_texture_loss_is_zero_only_at_the_target() -> None:
 
 @pytest.fixture(scope="module")
 def coded() -> list[Coded]:
-    codec = tiny_codec()
-    clips = [made_up_clip(f"synth_{i}", 44, seed=i) for i in range(2)]
-    sampler = Sampler(clips, seed=0)
-    ruler = LipRuler(FaceCanvas())
-    return [
-        code_clip(codec, sampler, c, torch.randn(2, len(c), 16).half(), plain=i == 0, ruler=ruler)
-        for i, c in enumerate(clips)
-    ]
+    return coded_clips(2, 44)
 
 
 def test_windows_show_the_target_and_another_time_of_the_same_clip(coded: list[Coded]) -> None:
@@ -245,3 +228,19 @@ def test_pitch_moves_and_timing_stays(factor: float) -> None:
         int(np.argmax([np.corrcoef(envelope[0][1000:-1000], np.roll(envelope[1], -k)[1000:-1000])[0, 1] for k in lags]))
     ]
     assert abs(best) <= 400  # 25 ms, well below a pixel frame
+
+
+def test_coded_clips_are_kept_for_the_next_run(tmp_path: Path) -> None:
+    codec, encoder = tiny_codec(), SpeechEncoder(speech_config("test"))
+    clips = [made_up_clip(f"synth_{i}", 20, seed=i) for i in range(2)]
+    made, weights = code_clips(codec, clips, encoder, 2, tmp_path)
+    (kept,) = tmp_path.glob("*.pt")
+    again, same = code_clips(codec, clips, encoder, 2, tmp_path)
+    assert len(made) == len(again) == len(weights) == 4 and (weights == same).all()
+    for a, b in zip(made, again, strict=True):
+        assert a.name == b.name and a.speaker == "synth" and a.frames == 20
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+    code_clips(codec, clips[:1], encoder, 2, tmp_path)
+    assert len([*tmp_path.glob("*.pt")]) == 2 and kept.exists()
+    with pytest.raises(ValueError, match="no clip has 41 frames"):
+        Windows(made, weights, seed=0, latent_frames=8)
