@@ -140,7 +140,7 @@ class Distillation:
         }
         if self.reward is None:
             return losses.mean(), metrics
-        reward = self.reward(generated.detach(), batch.speech)
+        reward = self.reward(generated.detach(), batch.heard)
         metrics["reward"] = reward.mean().item()
         weights = reward_weights(reward, self.config.beta, self.config.clamp)
         return rewarded(losses, weights, self.config.reward_mode), metrics
@@ -237,7 +237,7 @@ class Audition:
                 "sharp": detail(self.task, x0) / detail(self.task, batch.target),
             }
             if self.reward is not None:
-                figures["sync"] = self.reward(x0, batch.speech).mean()
+                figures["sync"] = self.reward(x0, batch.heard).mean()
             found |= {f"{key}_{name}": round(float(value), 4) for key, value in figures.items()}
         return found
 

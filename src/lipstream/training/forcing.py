@@ -64,7 +64,7 @@ class ForcingLoss:
         # One layout a step: static shapes, no padding.
         kind = int(self.task.windows.rng.choice(3, p=[solo, second, 1 - solo - second]))
         latent_frames, visible = window_layout(kind)
-        target, speech, seen = self.task.batch(latent_frames, sink_apart=kind == 2)
+        target, speech, _, seen = self.task.batch(latent_frames, sink_apart=kind == 2)
         t = self._times(kind, len(target))
         noisy = add_noise(target, torch.randn_like(target), t)
         x0 = self.task.predict(self.model, noisy, t, speech, seen, frame_mask=visible)

@@ -58,10 +58,18 @@ class Seen(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Windows as a stage uses them: pose-free target [B, K, T, g, g], speech rows [B, T, 4, D], and what was seen."""
+    """Windows as a stage uses them.
+
+    Attributes:
+        target: [B, K, T, g, g] pose-free.
+        speech: [B, T, 4, D] rows as the network is given them: damaged, some silent.
+        heard: the same rows whole.
+        seen: of the source.
+    """
 
     target: Tensor
     speech: Tensor
+    heard: Tensor
     seen: Seen
 
 
@@ -92,14 +100,17 @@ class MouthTask:
         """A batch of windows of the first ``latent_frames``; speech is damaged, some of it missing."""
         rows = [self.windows.draw(sink_apart) for _ in range(self.config.batch)]
         target, speech, reference, shut, wide = (torch.stack(parts) for parts in zip(*rows, strict=True))
-        speech = F.dropout(speech[:, :latent_frames], self.config.speech_dropout)
-        speech[torch.from_numpy(self.windows.rng.random(len(rows)) < self.config.drop_audio)] = 0
-        return self.of_windows(target[:, :latent_frames], speech, reference[:, :latent_frames], shut, wide)
+        parts = target[:, :latent_frames], speech[:, :latent_frames], reference[:, :latent_frames]
+        batch = self.whole(*parts, shut, wide)
+        damaged = F.dropout(batch.heard, self.config.speech_dropout)
+        damaged[torch.from_numpy(self.windows.rng.random(len(rows)) < self.config.drop_audio)] = 0
+        return batch._replace(speech=damaged)
 
-    def of_windows(self, target: Tensor, speech: Tensor, reference: Tensor, shut: Tensor, wide: Tensor) -> Batch:
-        """Stacked windows [B, ...] without pose, references averaged as often as the configuration says."""
+    def whole(self, target: Tensor, speech: Tensor, reference: Tensor, shut: Tensor, wide: Tensor) -> Batch:
+        """Stacked windows [B, ...] with all of their speech; references averaged as often as the configuration says."""
         return Batch(
             self.pose_free(target),
+            speech,
             speech,
             Seen(self.pose_free(shut[:, None]), self.pose_free(wide[:, None]), self._references(reference)),
         )

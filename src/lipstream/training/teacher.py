@@ -53,7 +53,7 @@ class TeacherLoss:
         self.model, self.task, self.config = model, task, config
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        target, speech, seen = self.task.batch(SEGMENT)
+        target, speech, _, seen = self.task.batch(SEGMENT)
         rng, batch = self.task.windows.rng, len(target)
         t = shift_time(torch.from_numpy(rng.uniform(0.001, T_MAX, batch)))
         noisy = torch.from_numpy(rng.random(batch) < self.config.noisy_odds)
@@ -85,7 +85,7 @@ class SegmentListening:
         model = models["model"]
         assert isinstance(model, DiT)
         found = {}
-        for speaker, (target, speech, seen) in self.batches.items():
+        for speaker, (target, speech, _, seen) in self.batches.items():
             noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
             t = torch.full((len(target),), T_MAX, dtype=torch.float64)
             x0 = self.task.predict(model, add_noise(target, noise, t), t, speech, seen)
@@ -102,7 +102,7 @@ def held_out_batch(task: MouthTask, coded: Sequence[Coded]) -> Batch:
     """One fixed segment of each clip, as training sees it, but with whole speech."""
     rows = [Windows([item], np.ones(1), seed=5, latent_frames=SEGMENT).draw() for item in coded]
     stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
-    return task.of_windows(*stacked)
+    return task.whole(*stacked)
 
 
 def gap_correlation(task: MouthTask, x0: Tensor, target: Tensor) -> Tensor:
