@@ -67,14 +67,14 @@ def test_teacher_never_sees_a_moving_reference(material: Material) -> None:
 def test_guidance_schedules() -> None:
     t = torch.tensor([0.3, 0.556, 0.7, 0.882, 0.95], dtype=torch.float64)
     expected = {
-        "windowed": [1.0, 4.5, 4.5, 4.5, 1.0],
+        "window": [1.0, 4.5, 4.5, 4.5, 1.0],
         "reverse": [4.5, 1.0, 1.0, 1.0, 4.5],
         "all": [4.5] * 5,
         "none": [1.0] * 5,
     }
     assert SYNC_WINDOW == (0.556, 0.882)
     for guidance, scales in expected.items():
-        assert teacher_scale(t, DistillConfig(guidance=guidance)).tolist() == scales  # type: ignore[arg-type]
+        assert teacher_scale(t, DistillConfig(guidance_schedule=guidance)).tolist() == scales  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("exit_call", [0, 1])

@@ -19,16 +19,18 @@ The equations are in `lipstream.diffusion.matching`, the schedule in `diffusion.
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lipstream.checkpoints.networks import load_dit, load_syncnet
 from lipstream.diffusion.guidance import guided, sync_window_scale
 from lipstream.diffusion.matching import (
     RewardMode,
@@ -40,16 +42,19 @@ from lipstream.diffusion.matching import (
 )
 from lipstream.diffusion.rollout import Rollout
 from lipstream.diffusion.schedule import STUDENT_TIMES, SYNC_WINDOW, add_noise, distillation_time
+from lipstream.models.audio import load_speech_encoder
+from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.dit import DiT
+from lipstream.models.syncnet_pocket import SyncScorer
 from lipstream.training.coded import CHUNK, Windows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
-from lipstream.training.material import Material
+from lipstream.training.material import Material, add_material, read_material
 from lipstream.training.mouths import Batch, MouthConfig, MouthTask
 from lipstream.training.teacher import SEGMENT, gap_correlation, held_out_batch, speakers
 
 log = logging.getLogger(__name__)
 
-Guidance = Literal["windowed", "all", "none", "reverse"]
+Guidance = Literal["window", "all", "none", "reverse"]
 #: Latents [B, K, T, g, g] and speech rows [B, T, 4, D] -> confidence [B] that they belong together.
 Reward = Callable[[Tensor, Tensor], Tensor]
 
@@ -60,7 +65,7 @@ class DistillConfig(MouthConfig):
 
     Attributes:
         times: of the student's calls and, last, of its clean pass.
-        guidance: where the teacher is guided by the speech: inside the window, everywhere, nowhere, outside of it.
+        guidance_schedule: where the teacher is guided by the speech: inside the window, everywhere, nowhere, outside of it.
         scale, window: the teacher's guidance there, and its times.
         beta: of the reward's exponent; 0 is no reward.
         clamp: limits of the reward before the exponent.
@@ -73,7 +78,7 @@ class DistillConfig(MouthConfig):
     drop_audio: float = 0.0
     averaged_odds: float = 1.0
     times: tuple[float, ...] = STUDENT_TIMES
-    guidance: Guidance = "windowed"
+    guidance_schedule: Guidance = "window"
     scale: float = 4.5
     window: tuple[float, float] = SYNC_WINDOW
     beta: float = 2.0
@@ -87,11 +92,11 @@ class DistillConfig(MouthConfig):
 
 def teacher_scale(t: Tensor, config: DistillConfig) -> Tensor:
     """The teacher's guidance at times t [B]."""
-    if config.guidance == "none":
+    if config.guidance_schedule == "none":
         return torch.ones_like(t)
-    if config.guidance == "all":
+    if config.guidance_schedule == "all":
         return torch.full_like(t, config.scale)
-    return sync_window_scale(t, config.scale, config.window, reverse=config.guidance == "reverse")
+    return sync_window_scale(t, config.scale, config.window, reverse=config.guidance_schedule == "reverse")
 
 
 class Distillation:
@@ -289,3 +294,49 @@ def train(
     trained = trainer.run(evaluate if audition else None)["student"]
     assert isinstance(trained, DiT)
     return trained
+
+
+def syncnet_reward(file: Path, codec: PocketCodec, speech: Path) -> Reward:
+    """The reward of a SyncNet file: confidence of the shape fields, a stream's first frame once."""
+    scorer = SyncScorer(load_syncnet(file), codec, load_speech_encoder(speech))
+
+    def reward(z: Tensor, heard: Tensor) -> Tensor:
+        lone = FRAMES_PER_LATENT - 1
+        return scorer.confidence(scorer.decode(z)[:, lone:], heard.flatten(1, 2)[:, lone:])
+
+    return reward
+
+
+def main() -> None:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_material(parser)
+    parser.add_argument("--student", type=Path, required=True, metavar="DIT", help="weights after stage 1")
+    parser.add_argument("--teacher", type=Path, required=True, metavar="DIT", help="the critic begins with them too")
+    parser.add_argument("--syncnet", type=Path, metavar="FILE", help="of the reward; without it there is none")
+    parser.add_argument("--steps", type=int, default=1000, help="critic updates")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--guidance", choices=get_args(Guidance), default=DistillConfig.guidance_schedule)
+    parser.add_argument("--scale", type=float, default=DistillConfig.scale)
+    parser.add_argument("--beta", type=float, default=DistillConfig.beta)
+    parser.add_argument("--times", type=float, nargs="+", default=list(STUDENT_TIMES))
+    parser.add_argument("--seed", type=int, default=30)
+    arguments = parser.parse_args()
+    config = DistillConfig(
+        batch=arguments.batch,
+        times=tuple(arguments.times),
+        guidance_schedule=arguments.guidance,
+        scale=arguments.scale,
+        beta=arguments.beta if arguments.syncnet else 0.0,
+    )
+    material = read_material(arguments, config.versions)
+    reward = syncnet_reward(arguments.syncnet, material.codec, arguments.speech) if arguments.syncnet else None
+    networks = tuple(load_dit(getattr(arguments, name))[0] for name in ("student", "teacher", "teacher"))
+    for network in networks[:2]:
+        network.train().requires_grad_(True)
+    loop = LoopConfig(steps=arguments.steps, betas=(0.0, 0.999), ema=0.95, warmup=20, final_lr=0.1, save_every=100)
+    train(arguments.run, material, loop, config, (networks[0], networks[1], networks[2]), reward, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
