@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lipstream.checkpoints.files import load_module, read_config, save_module
+from lipstream.models.audio import load_speech_encoder
 from lipstream.models.codec import CodecConfig, PocketCodec
 from lipstream.models.dit import DiT, DiTConfig
-from lipstream.models.syncnet_pocket import PocketSyncNet, PocketSyncNetConfig
+from lipstream.models.syncnet_pocket import PocketSyncNet, PocketSyncNetConfig, SyncScorer
 
 
 def load_codec(path: Path) -> PocketCodec:
@@ -56,3 +57,12 @@ def load_syncnet(path: Path) -> PocketSyncNet:
     network = PocketSyncNet(PocketSyncNetConfig(**read_config(path)))
     load_module(network, path)
     return network.eval().requires_grad_(False)
+
+
+def load_sync_scorer(folder: Path, network: Path | None = None) -> SyncScorer:
+    """The SyncNet of a model folder (or of a file), with the codec and the speech encoder of the folder."""
+    return SyncScorer(
+        load_syncnet(network or folder / "syncnet.safetensors"),
+        load_codec(folder / "codec.safetensors").eval().requires_grad_(False),
+        load_speech_encoder(folder / "speech.safetensors"),
+    )
