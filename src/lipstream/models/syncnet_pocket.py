@@ -16,14 +16,13 @@ vector i from frames i ... i + 4.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipstream.models.audio import MEL_FRAMES_PER_ROW, SAMPLES_PER_ROW, LogMel, SpeechEncoder
+from lipstream.models.audio import SAMPLES_PER_ROW, SpeechEncoder
 from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.syncnet import LIP_FRAMES, SyncScore, reward_score
 
@@ -37,21 +36,16 @@ class PocketSyncNetConfig:
     """Sizes of the two towers.
 
     Attributes:
-        hears: "rows" of the streaming speech encoder, or its log-"mel" front end (four frames side by side).
-        speech_channels: length of one frame's speech features.
+        speech_channels: length of a row of the streaming speech encoder. Rows beat log-mel spectra on people that
+            were not trained on (see the model card).
         movements: principal movements of the mouth that the lip tower is given.
     """
 
-    hears: Literal["rows", "mel"] = "rows"
     speech_channels: int = 256
     movements: int = 32
-    width: int = 192
-    vector: int = 96
+    width: int = 128
+    vector: int = 64
     dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.hears not in ("rows", "mel"):
-            raise ValueError(f"hears must be 'rows' or 'mel', got {self.hears!r}")
 
 
 FLAVOURS: dict[str, PocketSyncNetConfig] = {
@@ -165,28 +159,20 @@ class SyncScorer:
     """Scores lips and speech with a trained network; no gradients.
 
     Args:
-        encoder: the speech encoder whose rows the network was trained on; unused by a network that hears "mel".
+        encoder: the speech encoder whose rows the network was trained on.
     """
 
     def __init__(self, network: PocketSyncNet, codec: PocketCodec, encoder: SpeechEncoder) -> None:
-        config = network.config
-        self.log_mel = LogMel(encoder.config.mel_bands).eval()
-        heard = encoder.config.width
-        if config.hears == "mel":
-            heard = MEL_FRAMES_PER_ROW * (encoder.config.mel_bands + 1)
-        if heard != config.speech_channels:
-            raise ValueError(f"this SyncNet hears {config.speech_channels} channels, the speech encoder gives {heard}")
+        heard, rows = network.config.speech_channels, encoder.config.width
+        if heard != rows:
+            raise ValueError(f"this SyncNet hears {heard} channels, the speech encoder gives {rows}")
         self.network, self.codec, self.encoder = network.eval(), codec, encoder
 
     @torch.no_grad()
     def hear(self, samples: Tensor, frames: int) -> Tensor:
         """Speech [B, samples] in -1..1 at 16 kHz -> the features of that many pixel frames, [B, frames, channels]."""
-        wanted = frames * SAMPLES_PER_ROW
-        if self.network.config.hears == "mel":
-            padded = F.pad(samples, (0, max(0, wanted - samples.shape[1])))[:, :wanted]
-            return rearrange(self.log_mel(padded), "b (r f) c -> b r (f c)", f=MEL_FRAMES_PER_ROW)
         # Rows look ahead: what follows the last frame is heard where it is known.
-        wanted += self.encoder.config.lookahead_samples
+        wanted = frames * SAMPLES_PER_ROW + self.encoder.config.lookahead_samples
         rows: Tensor = self.encoder(F.pad(samples, (0, max(0, wanted - samples.shape[1])))[:, :wanted])
         return rows[:, :frames]
 

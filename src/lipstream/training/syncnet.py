@@ -154,7 +154,8 @@ def contrast(lips: Tensor, speech: Tensor, temperature: float) -> tuple[Tensor, 
     lag = torch.arange(n)[:, None] - torch.arange(n)
     beside = torch.where(lag.abs() == 1, -torch.inf, 0.0)
     inside = lips @ speech.transpose(1, 2) / temperature + beside  # [B, n, n]
-    across = lips.flatten(0, 1) @ speech.flatten(0, 1).T / temperature + torch.block_diag(*[beside] * batch)
+    across = lips.flatten(0, 1) @ speech.flatten(0, 1).T / temperature
+    across.view(batch, n, batch, n).diagonal(dim1=0, dim2=2).add_(beside[..., None])  # [n, n, batch]
     own, place = torch.arange(batch * n), torch.arange(n).repeat(batch)
     total = F.cross_entropy(across, own) + F.cross_entropy(across.T, own)
     hard = F.cross_entropy(inside.flatten(0, 1), place) + F.cross_entropy(inside.mT.flatten(0, 1), place)
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, nargs="+", required=True)
     parser.add_argument("--codec", type=Path, required=True)
     parser.add_argument("--speech", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the averaged network in half precision")
     parser.add_argument("--threads", type=int, default=1)
