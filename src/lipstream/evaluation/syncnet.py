@@ -32,7 +32,7 @@ from lipstream.training.samples import Clip
 
 SEGMENT_FRAMES = 25
 SHORTEST_FRAMES = MAX_SHIFT + LIP_FRAMES  # of one score
-TRAINED_SYNTHETIC = "synth_s0001"  # `lipstream data synthesize --seed 1`, which the shipped network was trained on
+TRAINED_SYNTHETIC = "_s0001_"  # `lipstream data synthesize --seed 1`, which the shipped network was trained on
 WRONG_CLIPS = 10
 NEAREST_WRONG = 2  # frames; one frame off sounds and looks alike
 
@@ -251,7 +251,7 @@ def held_out(clips: Sequence[Clip]) -> dict[str, list[Clip]]:
         ValueError: there are none.
     """
     trained = [c for c in clips if c.speaker == "s1" and c.name not in LEFT_OUT]
-    trained += [c for c in clips if c.name.startswith(TRAINED_SYNTHETIC)]
+    trained += [c for c in clips if TRAINED_SYNTHETIC in c.name]
     names = {c.name for c in trained}
     groups: dict[str, list[Clip]] = {}
     for clip in clips:
