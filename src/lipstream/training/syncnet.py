@@ -31,7 +31,7 @@ from lipstream.models.audio import SpeechEncoder, load_speech_encoder
 from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.syncnet_pocket import FLAVOURS, PocketSyncNet, pose_free_fields
 from lipstream.training.codec import LEFT_OUT
-from lipstream.training.forcing import speech_rows
+from lipstream.training.coded import speech_rows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.samples import Clip, load_clips
 
