@@ -86,7 +86,8 @@ def add_full_size(parser: argparse.ArgumentParser) -> None:
         "--parity",
         action="store_true",
         help="run as the official scripts do, to compare with them (seed 42 unless --seed): 25 fps sources only, a "
-        "face in every frame, the end cut to 12 n - 3 frames (up to half a second of speech), the whole crop pasted back",
+        "face in every frame, the end cut to 12 n - 3 frames (up to half a second of speech), the whole crop "
+        "pasted back",
     )
 
 
