@@ -159,9 +159,10 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     (damaged / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="not a readable safetensors"):
         load_speech_features(damaged)
-    (damaged / "config.json").write_text("{")
+    puzzling = write_folder(tmp_path / "puzzling", weights)
+    (puzzling / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not readable JSON"):
-        load_speech_features(damaged)
+        load_speech_features(puzzling)
 
 
 def test_key_map_is_a_bijection_of_the_official_size() -> None:

@@ -16,6 +16,7 @@ reference's: the anchors are those of our face mesh (InsightFace's model is non-
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -44,6 +45,8 @@ from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.media.timeline import MODEL_FPS
 from lipstream.models.wav2vec_features import SpeechFeatures
 from lipstream.session import Observed, TakeSession
+
+log = logging.getLogger(__name__)
 
 #: A frame [H, W, 3] uint8 RGB -> anchors [3, 2] (see `faces.official`), or None where no face shows.
 Anchors = Callable[[NDArray[np.uint8]], NDArray[np.float64] | None]
@@ -143,6 +146,11 @@ class OfficialSession(TakeSession[Aligned, Crop, Float]):
         model = self._model
         latents = self._speech.length.latent_frames
         shape = (1, model.dit.config.latent_channels, latents, model.cells, model.cells)
+        if model.device.type != "cuda" or model.dtype != torch.bfloat16:
+            log.warning(
+                "parity: noise is drawn on %s in %s; the official scripts draw it on CUDA in bfloat16, so their videos "
+                "differ from this one", model.device.type, model.dtype,
+            )  # fmt: skip
         noise = OfficialNoise(shape, seed=self._seed, dtype=model.dtype, device=model.device)
         return OfficialTake(model, noise=noise)
 
