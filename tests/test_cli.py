@@ -30,7 +30,7 @@ from lipstream.pipeline import Progress, SyncReport
 FLAGS = {
     "sync": {
         "--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose",
-        "--device", "--dtype", "--decoder", "--mask", "--memory",
+        "--device", "--dtype", "--decoder", "--mask", "--memory", "--speech-lookahead", "--parity",
     },
     "demo": {"--output", "--model", "--seed", "--threads", "--verbose"},
     "doctor": {"--no-speed", "--verbose"},

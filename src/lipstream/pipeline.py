@@ -24,7 +24,6 @@ import torch
 from lipstream.background import Ahead
 from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
-from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
 from lipstream.media.speech import SpeechReader, count_speech_samples
@@ -99,13 +98,15 @@ class LipSync:
         cls,
         model: PathLike = "pocket",
         *,
-        seed: int = 0,
+        seed: int | None = None,
         threads: int | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
         decoder: str | None = None,
         mask: PathLike | None = None,
         memory_gb: float | None = None,
+        speech_lookahead: float | None = None,
+        parity: bool = False,
         on_memory: Callable[[MemoryNeed], None] | None = None,
     ) -> LipSync:
         """Load a model by name or from a folder.
@@ -113,13 +114,16 @@ class LipSync:
         Args:
             model: "pocket" (inside the package), "lipforcing-14b" (what `lipstream pull` fetched), or a folder with the
                 files of either kind.
-            seed: of all noise; the same seed gives the same video.
+            seed: of all noise; the same seed gives the same video. Default 0, with ``parity`` the official 42.
             threads: CPU threads of the networks; default 1, which leaves the other cores to the other stages.
             device: torch device of a full-size model; default "cpu".
             dtype: default bfloat16 where it is fast, else float32; bfloat16 at full size.
             decoder: of a full-size model, "tae" (default) or "wan".
             mask: of a full-size model, "built-in" or a file; default: the `mask.png` of its folder.
             memory_gb: what a full-size model may use; default: what is free.
+            speech_lookahead: a full-size model hears speech as it comes and only so many seconds ahead (rounded up to
+                0.04 s), an approximation for live use; default: the whole file first.
+            parity: a full-size model runs as the official scripts do, see `lipstream.fullsize_parity`.
             on_memory: told what a full-size model takes, before it is checked and loaded.
 
         Raises:
@@ -128,15 +132,21 @@ class LipSync:
         folder, name = _folder_of(model), str(model)
         torch.set_num_threads(threads or 1)
         if (folder / "codec.safetensors").exists():
-            given = {"device": device not in (None, "cpu"), "decoder": decoder, "mask": mask, "memory_gb": memory_gb}
-            wrong = [option for option, value in given.items() if value]
+            given = {
+                "device": None if device == "cpu" else device, "decoder": decoder, "mask": mask, "memory_gb": memory_gb,
+                "speech_lookahead": speech_lookahead, "parity": parity or None,
+            }  # fmt: skip
+            wrong = [option for option, value in given.items() if value is not None]
             if wrong:
                 raise ValueError(f"model '{name}' has no option {', '.join(wrong)}: it runs on the CPU as it is")
             if dtype is None:
                 dtype = torch.bfloat16 if _fast_bfloat16() else torch.float32
             log.info("model %s from %s, cpu, %s, %d thread(s)", name, folder, dtype, torch.get_num_threads())
-            return cls(CanvasEngine(MouthModel.load(folder, dtype)), name, seed)
+            return cls(CanvasEngine(MouthModel.load(folder, dtype)), name, seed or 0)
+        from lipstream.diffusion.official_noise import OFFICIAL_SEED
         from lipstream.fullsize_engine import DECODERS, FullSizeEngine, FullSizeOptions
+        from lipstream.fullsize_parity import ParityEngine
+        from lipstream.models.wav2vec_windowed import window_of
 
         if memory_gb is not None and not 0 < memory_gb < float("inf"):
             raise ValueError(f"memory must be a positive number of GB, got {memory_gb}")
@@ -148,8 +158,13 @@ class LipSync:
             decoder="wan" if decoder == "wan" else "tae",
             mask=mask,
             memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
+            window=None if speech_lookahead is None else window_of(speech_lookahead),
+            parity=parity,
         )
-        return cls(FullSizeEngine.load(folder, options, on_memory), name, seed)
+        if seed is None:
+            seed = OFFICIAL_SEED if parity else 0
+        kind = ParityEngine if parity else FullSizeEngine
+        return cls(kind.load(folder, options, on_memory), name, seed)
 
     def __call__(
         self,
@@ -219,9 +234,9 @@ class LipSync:
         samples = count_speech_samples(audio)
         if not samples:
             raise MediaError(audio, "its sound has no samples", "use a file with speech in it")
-        source = BouncingReader(reader, samples)
-        total = _expected_frames(reader, samples)
-        observer = self.engine.observer()
+        source = self.engine.frames(reader, samples)
+        total = _expected_frames(reader, samples) if source.frames is None else source.frames
+        observer = self.engine.observer(os.fspath(video))
         rows = self.engine.rows(SpeechReader(audio).read)
         session = self.engine.session(reader.time_base, rows, self.seed)
 

@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="result: .mp4, .mov or .mkv")
     add_model(parser)
     add_full_size(parser)
+    parser.set_defaults(seed=None)  # the model's own: 0, with --parity 42
     parser.add_argument("--crf", type=int, default=16, help="quality of the video, lower is better (default: 16)")
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     add_verbose(parser)
@@ -50,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
     open_media(args.audio, need="audio").close()
 
     silence_tflite()
+    if args.parity:
+        from lipstream.fullsize_parity import check_source
+
+        check_source(args.video)
     lipsync = load_model(args)
     with show_progress() as report:
         result = lipsync(args.video, args.audio, args.output, crf=args.crf, progress=report)

@@ -30,15 +30,26 @@ MAX_CACHED_BYTES = 256 * 1024 * 1024  # a backward segment of 64 frames at 1080p
 class BouncingReader:
     """Frames of a video cut or bounced to a speech: index and pts go on, `source_index` says which frame it is.
 
+    Args:
+        frames: give exactly so many frames by their number, whatever their timestamps and the speech (parity runs).
+
     Attributes:
         source_frames: number of frames of the source, once it has been played to its end and bounces.
     """
 
-    def __init__(self, reader: VideoReader, speech_samples: int, *, cache_frames: int = MAX_CACHED_FRAMES) -> None:
+    def __init__(
+        self,
+        reader: VideoReader,
+        speech_samples: int,
+        *,
+        frames: int | None = None,
+        cache_frames: int = MAX_CACHED_FRAMES,
+    ) -> None:
         if speech_samples < 0 or cache_frames < 1:
             raise ValueError(f"speech_samples {speech_samples} and cache_frames {cache_frames} must be positive")
         self.reader = reader
         self.speech_samples = speech_samples
+        self.frames = frames
         frame_bytes = reader.width * reader.height * 2
         self.cache_frames = max(min(cache_frames, MAX_CACHED_BYTES // frame_bytes), 4)
         self.source_frames: int | None = None
@@ -53,11 +64,11 @@ class BouncingReader:
         speech_end = Fraction(self.speech_samples, SPEECH_RATE)
         for frame in self.reader:
             begin = frame.pts - (self._pts[0] if self._pts else frame.pts)
-            if is_within_speech(begin, time_base, self.speech_samples):
+            if self._belongs(len(self._pts), begin):
                 self._pts.append(frame.pts)
                 last_duration = frame.duration_pts
                 yield frame
-            elif begin * time_base > speech_end + SLACK:
+            elif self.frames is not None or begin * time_base > speech_end + SLACK:
                 return
             else:
                 late.append(frame)  # a few frames at most: kept only if the source ends with them
@@ -68,15 +79,21 @@ class BouncingReader:
             return
         count = self.source_frames = len(self._pts)
         end = self._pts[-1] + last_duration - self._pts[0]
-        if not needs_bounce(end, time_base, self.speech_samples):
+        if count == self.frames or (self.frames is None and not needs_bounce(end, time_base, self.speech_samples)):
             return
         position = count
         for frame in self._legs():
             pts = bounce_pts(position, self._pts, last_duration)
-            if not is_within_speech(pts - self._pts[0], time_base, self.speech_samples):
+            if not self._belongs(position, pts - self._pts[0]):
                 return
             yield replace(frame, index=position, pts=pts)
             position += 1
+
+    def _belongs(self, position: int, begin: int) -> bool:
+        """Whether the output has a frame of that number, which begins so many ticks after the first."""
+        if self.frames is not None:
+            return position < self.frames
+        return is_within_speech(begin, self.reader.time_base, self.speech_samples)
 
     def _legs(self) -> Iterator[SourceFrame]:
         """Frames n-2 ... 0, 1 ... n-1, n-2 ... without end (a single frame repeats)."""
