@@ -60,9 +60,7 @@ def np_tensor(values: list[float]):  # type: ignore[no-untyped-def]
         (Situation(noise=0.5, clips=40), (20, 40), 30),
     ],
 )
-def test_other_teachers_give_other_choices(
-    situation: Situation, window: tuple[int, int], landing: float
-) -> None:
+def test_other_teachers_give_other_choices(situation: Situation, window: tuple[int, int], landing: float) -> None:
     found = derived(situation)
     edges = np.array([d.window_steps for d in found if d.window_steps])
     assert len(edges) >= 0.95 * DRAWS

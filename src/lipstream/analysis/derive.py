@@ -153,7 +153,13 @@ def _window(trade: TradeOff, rule: Rule) -> Derived:
     if not gains:
         return Derived(guidance="never", reasons=(f"{bought}: less than {needed}, it buys nothing; guide never",))
     if not costs:
-        return Derived(guidance="always", reasons=(bought, f"{paid}: less than {needed}, it costs nothing; no gate",))
+        return Derived(
+            guidance="always",
+            reasons=(
+                bought,
+                f"{paid}: less than {needed}, it costs nothing; no gate",
+            ),
+        )
     all_gain, all_cost = (float(np.maximum(values, 0).sum()) for values in (gain, cost))
     share, price = gain / all_gain, cost / all_cost
     low, high = best_run(share - price)

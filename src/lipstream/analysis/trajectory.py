@@ -132,7 +132,7 @@ def run_factorial(
         t = torch.full((1,), times[j], dtype=torch.float64, device=noise.device)
         found = {}
         for sampling in SAMPLINGS:
-            cells = []
+            cells: list[Tensor] = []
             for first in firsts:
                 x = step_to(noise, first, times[0], times[j]) if sampling == "euler" else renoise(first, fresh, t)
                 cells.extend(teacher.both(x, times[j], scale))

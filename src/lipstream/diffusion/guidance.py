@@ -38,7 +38,9 @@ def sync_window_scale(
     return torch.where(gate, scale, 1.0).to(torch.float64)
 
 
-def null_conditions(conditions: Conditions, drop: DropMode = "text+audio", empty_prompt: Tensor | None = None) -> Conditions:
+def null_conditions(
+    conditions: Conditions, drop: DropMode = "text+audio", empty_prompt: Tensor | None = None
+) -> Conditions:
     """The conditions of the null branch: silence, and with "text+audio" the empty prompt; what is seen stays.
 
     Args:

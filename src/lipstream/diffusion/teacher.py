@@ -5,7 +5,7 @@ Every step's x0 prediction is handed out: the trajectory analysis (paper, "Teach
 
     teacher = Teacher(network=model, conditions=conditions, null=null_conditions(conditions, "audio"))
     for step in teacher_steps(teacher, noise, scale=4.5):
-        ...                      # step.index, step.time, step.x0; the last step's x0 is the sample
+        ...                      # step.number, step.time, step.x0; the last step's x0 is the sample
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Teacher:
 class TeacherStep(NamedTuple):
     """One step: its number j, its time τ_j, the noisy latents that went in and the x0 prediction that came out."""
 
-    index: int
+    number: int
     time: float
     x: Tensor
     x0: Tensor
@@ -84,7 +84,7 @@ def teacher_steps(
     """
     times = teacher_times() if times is None else times
     x = noise
-    for index, (time, following) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for number, (time, following) in enumerate(zip(times[:-1], times[1:], strict=True)):
         x0 = teacher(x, time, scale)
-        yield TeacherStep(index, time, x, x0)
+        yield TeacherStep(number, time, x, x0)
         x = step_to(x, x0, time, following)
