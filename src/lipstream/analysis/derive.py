@@ -6,7 +6,7 @@ smoothed by a running mean over a few steps.
 **Is there a trade-off?** Guidance must buy synchronisation (largest g_j at least three standard errors) and cost
 fidelity (largest c_j likewise). If it buys nothing: guide never. If it costs nothing: guide always. No window then.
 
-**Window.** Step j holds the share γ_j = g_j / Σ g⁺ of all gain and κ_j = c_j / Σ c⁺ of all cost (g⁺, c⁺: positive parts).
+**Window.** Step j holds the share γ_j = g_j / Σ g⁺ of the gain and κ_j = c_j / Σ c⁺ of the cost (⁺: positive parts).
 The window is the run of steps with the largest Σ (γ_j - κ_j): most gain for least cost, without a threshold and in
 any unit. Where that advantage is below a tenth, or below one and a half times its own error (of all steps together, as
 if they erred alike: neighbouring steps nearly do), no step is worth more than another: no window, and the reason is

@@ -5,8 +5,8 @@ names stand for synchronisation and for the fidelity error (lower is better, as 
 
 Pocket scale, all against the clip's own latents:
 
-* `mouth_error`: mean of `shape_error` and `texture_error`, root mean square errors in the mouth cells over the
-  deviation of the truth from its mean over time. 0 is the truth, 1 is as wrong as a mouth that stands still.
+* `mouth_error`: mean of `shape_error` and `texture_error`, root mean square errors in the mouth cells over those of
+  the clip's average latent. 0 is the truth, 1 is as wrong as the clip's average mouth standing still.
 * `sharp_space`, `sharp_time`: energy of the Laplacian of the decoded texture, and of the second time difference of
   the decoded shape, over the truth's. Below 1 smeared, above 1 rough or trembling.
 * `gap_r`, `gap_amplitude`: correlation of the lip gap with the truth's, and the ratio of their deviations.
@@ -64,9 +64,11 @@ class PocketMetrics:
         true = clip.target[None].float()
         shapes, true_shapes = self._shapes(x0), self._shapes(true)
         textures, true_textures = self._textures(x0), self._textures(true)
+        still = true.mean(2, keepdim=True).expand_as(true)
         gap, true_gap = inner_lip_distance(shapes), inner_lip_distance(true_shapes)
-        shape_error = _relative_error(self._mouth(shapes), self._mouth(true_shapes))
-        texture_error = _relative_error(textures, true_textures)
+        mouths = (self._mouth(q) for q in (shapes, true_shapes, self._shapes(still)))
+        shape_error = _relative_error(*mouths)
+        texture_error = _relative_error(textures, true_textures, self._textures(still))
         found = {
             "mouth_error": (shape_error + texture_error) / 2,
             "shape_error": shape_error,
@@ -178,10 +180,10 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
     return a / b.clamp_min(1e-8)
 
 
-def _relative_error(a: Tensor, true: Tensor) -> Tensor:
-    """Root mean square error of [N, F, ...] over the deviation of the truth [1, F, ...] from its mean over time."""
-    deviation = (true - true.mean(1, keepdim=True)).square().mean().sqrt()
-    return _ratio((a - true).square().flatten(1).mean(1).sqrt(), deviation)
+def _relative_error(a: Tensor, true: Tensor, still: Tensor) -> Tensor:
+    """Root mean square error of [N, F, ...] over that of a still mouth, truth and still [1, F, ...]."""
+    errors = [(q - true).square().flatten(1).mean(1).sqrt() for q in (a, still)]
+    return _ratio(*errors)
 
 
 def _laplacian_energy(textures: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,8 @@ class Study:
         """Noise of call 1 and of the renoising; depends on (seed, clip name) only."""
         generator = chunk_generator(self.config.seed, zlib.crc32(clip.name.encode()))
         shape = (2, *clip.target.shape)
-        first, fresh = torch.randn(shape, generator=generator).to(clip.target.device).split(1)
-        return first, fresh
+        drawn = torch.randn(shape, generator=generator).to(clip.target.device)
+        return drawn[:1], drawn[1:]
 
     def _trajectory(self, clip: AnalysisClip) -> Trajectory:
         config = self.config
@@ -173,7 +173,7 @@ class Study:
         trajectory = self._trajectory(clip)
         scored: dict[str, Any] = {"trajectory": {}, "factorial": {}}
         for run, x0 in trajectory._asdict().items():
-            parts = [self.metrics(part.to(clip.target.device), clip) for part in torch.split(x0, STEPS_SCORED_AT_ONCE)]
+            parts = [self.metrics(part.to(clip.target.device), clip) for part in _pieces(x0)]
             scored["trajectory"][run] = {name: torch.cat([p[name] for p in parts]).tolist() for name in parts[0]}
         scored["factorial"] = self._factorial_scores(clip)
         write_json(path, {"made": made, **scored})
@@ -237,6 +237,11 @@ class Study:
             derived_local=derive(local, renoised, self.rule),
             all_curves={"/".join(p): {m: over_clips(stack(p, m)) for m in metrics} for p in places},
         )
+
+
+def _pieces(x0: Tensor) -> Iterator[Tensor]:
+    for start in range(0, len(x0), STEPS_SCORED_AT_ONCE):
+        yield x0[start : start + STEPS_SCORED_AT_ONCE]
 
 
 def as_data(findings: Findings) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -75,7 +76,7 @@ def _plain_path(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(without, with) guidance at every state of the path without."""
     x = noise
-    for time, following in zip(times[:-1], times[1:], strict=True):
+    for time, following in pairwise(times):
         plain, guided = teacher.both(x, time, scale)
         yield plain, guided
         x = step_to(x, plain, time, following)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ def teacher_steps(
     """
     times = teacher_times() if times is None else times
     x = noise
-    for number, (time, following) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for number, (time, following) in enumerate(pairwise(times)):
         x0 = teacher(x, time, scale)
         yield TeacherStep(number, time, x, x0)
         x = step_to(x, x0, time, following)
