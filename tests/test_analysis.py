@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lipstream.analysis.figures import draw_factorial, draw_trade_off
-from lipstream.analysis.metrics import FrameMetrics, PocketMetrics, field_score, pearson
+from lipstream.analysis.metrics import FrameMetrics, PocketMetrics, field_score, laplacian_form, pearson
 from lipstream.analysis.pocket import analysis_clip, pocket_clips, pocket_network
 from lipstream.analysis.study import Findings, Study, StudyConfig
 from lipstream.analysis.trajectory import CELLS, AnalysisClip, run_factorial, run_trajectory
@@ -128,8 +128,20 @@ def test_metrics_of_truth_still_and_spoiled_mouths() -> None:
     assert scores["sharp_space"][0] == pytest.approx(1) and scores["sharp_time"][0] == pytest.approx(1)
     assert scores["mouth_error"][1] == pytest.approx(1) and scores["sharp_time"][1] < 0.5
     assert scores["mouth_error"][2] == pytest.approx(0.5)
-    assert scores["gap_amplitude"][2] < 0.9
+    assert scores["gap_amplitude"][2] < 1
     assert scores["sharp_space"][3] > 1.1 and scores["gap_r"][3] < 0.99
+
+
+def test_edges_are_those_of_the_decoded_texture() -> None:
+    codec = tiny_codec()
+    codec.texture.mean.copy_(torch.rand(codec.texture.mean.shape))
+    code = torch.randn(2, codec.config.texture_channels)
+    cells = codec.texture.decode(code).reshape(2, 4, 3, 16, 16).mean(2)
+    centre = cells[..., 1:-1, 1:-1]
+    around = cells[..., :-2, 1:-1] + cells[..., 2:, 1:-1] + cells[..., 1:-1, :-2] + cells[..., 1:-1, 2:]
+    ones = torch.cat([code, torch.ones(2, 1)], 1)
+    energy = torch.einsum("ni, ij, nj -> n", ones, laplacian_form(codec), ones)
+    torch.testing.assert_close(energy, (around - 4 * centre).square().mean((1, 2, 3)))
 
 
 def test_a_scorer_takes_the_place_of_the_lip_gap() -> None:
@@ -170,7 +182,7 @@ def test_frame_metrics_look_at_the_mouth_only() -> None:
 
 
 def study(folder: Path, *, gain: float = 1.0, calls: list[float] | None = None, **changes: object) -> Study:
-    config = StudyConfig(**{"scale": 3.0, "drop": "audio", "landings": tuple(range(1, 50, 2)), **changes})  # type: ignore[arg-type]
+    config = StudyConfig(**{"scale": 3.0, "drop": "audio", "landings": tuple(range(1, 50, 4)), **changes})  # type: ignore[arg-type]
     codec = tiny_codec()
     return Study(made_teacher((15, 30), gain=gain, calls=calls), PocketMetrics(codec), config, folder)
 
@@ -178,7 +190,7 @@ def study(folder: Path, *, gain: float = 1.0, calls: list[float] | None = None, 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Findings, Path]:
     work = study(tmp_path_factory.mktemp("study"))
-    return work.run(made_clips(tiny_codec())), work.folder
+    return work.run(made_clips(tiny_codec(), 5)), work.folder
 
 
 def test_known_trade_off_is_found(found: tuple[Findings, Path]) -> None:
@@ -244,11 +256,12 @@ def test_pocket_clip_is_what_the_teacher_is_trained_on() -> None:
     torch.testing.assert_close(item.speech[1:].flatten(0, 1), coded.speech[0, start + 1 : start + 57].float())
     torch.testing.assert_close(item.target[:, 1], codec.pose_free(coded.moving[start + 1][None].float())[0])
     assert item.target[:, :, : codec.config.known_rows].abs().max() == 0
-    openings = [
-        float(ruler.opening(codec.decode_fields(z[:, :, 0])).mean())
-        for z in (item.conditions.reference, item.conditions.ref_sequence, item.conditions.masked_video)
-    ]
-    assert openings == sorted(openings)  # shut, average, wide
+    for shown, row in (
+        (item.conditions.reference[:, :, 0], coded.moving[coded.opening.argmin()]),
+        (item.conditions.masked_video[:, :, 3], coded.moving[coded.opening.argmax()]),
+        (item.conditions.ref_sequence[:, :, 7], coded.moving.float().mean(0)),
+    ):
+        torch.testing.assert_close(shown, codec.pose_free(row[None].float()))
 
 
 def write_samples(folder: Path, names: list[str], frames: int = 64) -> None:

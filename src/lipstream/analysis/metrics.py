@@ -7,8 +7,8 @@ Pocket scale, all against the clip's own latents:
 
 * `mouth_error`: mean of `shape_error` and `texture_error`, root mean square errors in the mouth cells over those of
   the clip's average latent. 0 is the truth, 1 is as wrong as the clip's average mouth standing still.
-* `sharp_space`, `sharp_time`: energy of the Laplacian of the decoded texture, and of the second time difference of
-  the decoded shape, over the truth's. Below 1 smeared, above 1 rough or trembling.
+* `sharp_space`, `sharp_time`: energy of the Laplacian of the decoded texture (within cells: no cell borders), and of
+  the second time difference of the decoded shape, over the truth's. Below 1 smeared, above 1 rough or trembling.
 * `gap_r`, `gap_amplitude`: correlation of the lip gap with the truth's, and the ratio of their deviations.
 * `confidence`: a SyncNet's, where one is given.
 """
@@ -55,6 +55,7 @@ class PocketMetrics:
 
     def __init__(self, codec: PocketCodec, score: SyncScore | None = None) -> None:
         self.codec, self.score = codec, score
+        self._edges = laplacian_form(codec)
         self.sync = "gap_r" if score is None else "confidence"
         self.missing: tuple[str, ...] = ("SyncNet confidence (no scorer given)",) if score is None else ()
 
@@ -62,18 +63,20 @@ class PocketMetrics:
     def __call__(self, x0: Tensor, clip: AnalysisClip) -> dict[str, Tensor]:
         """Score predictions [N, K, T, g, g] of a clip."""
         true = clip.target[None].float()
-        shapes, true_shapes = self._shapes(x0), self._shapes(true)
-        textures, true_textures = self._textures(x0), self._textures(true)
         still = true.mean(2, keepdim=True).expand_as(true)
+        shapes, true_shapes = self._shapes(x0), self._shapes(true)
+        textures, true_textures, still_textures = (self._textures(q) for q in (x0, true, still))
         gap, true_gap = inner_lip_distance(shapes), inner_lip_distance(true_shapes)
         mouths = (self._mouth(q) for q in (shapes, true_shapes, self._shapes(still)))
         shape_error = _relative_error(*mouths)
-        texture_error = _relative_error(textures, true_textures, self._textures(still))
+        texture_error = _relative_error(
+            *(q * self.codec.texture.scale for q in (textures, true_textures, still_textures))
+        )
         found = {
             "mouth_error": (shape_error + texture_error) / 2,
             "shape_error": shape_error,
             "texture_error": texture_error,
-            "sharp_space": _ratio(_laplacian_energy(textures), _laplacian_energy(true_textures)),
+            "sharp_space": _ratio(self._edge_energy(textures), self._edge_energy(true_textures)),
             "sharp_time": _ratio(_tremble(self._mouth(shapes)), _tremble(self._mouth(true_shapes))),
             "gap_r": pearson(gap, true_gap),
             "gap_amplitude": _ratio(gap.std(1), true_gap.std(1)),
@@ -88,12 +91,16 @@ class PocketMetrics:
         return rearrange(fields, "(n t) f ... -> n (t f) ...", n=len(z))[:, FRAMES_PER_LATENT - 1 :]
 
     def _textures(self, z: Tensor) -> Tensor:
-        """Latents -> linear texture of the mouth cells [N, F, 3, h, w]."""
-        texture = self.codec.decode_texture(rearrange(z, "n k t h w -> (n t) k h w"))
-        frames = rearrange(texture, "(n t) f ... -> n (t f) ...", n=len(z))[:, FRAMES_PER_LATENT - 1 :]
+        """Texture codes of the mouth cells [N, T, cells, K]; times the scale, their distances are those of pixels."""
         config = self.codec.config
-        hidden = (config.known_rows - config.paint_rows[0]) * config.cell_px  # rows of the box that are given
-        return frames[..., max(0, hidden) :, :]
+        (_, bottom), (left, right) = config.paint_rows, config.paint_cols
+        cells = z[:, config.shape_channels :, :, config.known_rows : bottom, left:right].float()
+        return rearrange(cells, "n k t y x -> n t (y x) k")
+
+    def _edge_energy(self, codes: Tensor) -> Tensor:
+        """Mean square of the decoded texture's Laplacian, [N, T, cells, K] -> [N]."""
+        ones = F.pad(codes, (0, 1), value=1.0)
+        return torch.einsum("...i, ij, ...j -> ...", ones, self._edges, ones).flatten(1).mean(1)
 
     def _mouth(self, fields: Tensor) -> Tensor:
         """The field samples of the hidden rows within the paint box's columns."""
@@ -186,12 +193,17 @@ def _relative_error(a: Tensor, true: Tensor, still: Tensor) -> Tensor:
     return _ratio(*errors)
 
 
-def _laplacian_energy(textures: Tensor) -> Tensor:
-    """Mean square of the 3 x 3 Laplacian of [N, F, 3, h, w] -> [N]."""
-    kernel = textures.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
-    grey = textures.mean(2)
-    edges = F.conv2d(grey.flatten(0, 1)[:, None], kernel[None, None])
-    return edges.square().mean((1, 2, 3)).unflatten(0, grey.shape[:2]).mean(1)  # type: ignore[no-untyped-call, no-any-return]
+def laplacian_form(codec: PocketCodec) -> Tensor:
+    """[K + 1, K + 1] form E: mean square of the 3 x 3 Laplacian of a cell's grey texture = [code, 1] E [code, 1]^T.
+
+    The code is linear, so that nothing need be decoded; the borders between cells are left out.
+    """
+    config, code = codec.config, codec.texture
+    parts = torch.cat([(code.basis * code.scale).T, code.mean[None]])
+    patches = rearrange(parts, "k (f c y x) -> k f c y x", f=FRAMES_PER_LATENT, c=3, y=config.cell_px).mean(2)
+    kernel = parts.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
+    edges = F.conv2d(patches.flatten(0, 1)[:, None], kernel[None, None]).reshape(len(parts), -1)
+    return edges @ edges.T / edges.shape[1]
 
 
 def _tremble(fields: Tensor) -> Tensor:
