@@ -1,6 +1,6 @@
 """A hand-made teacher whose trade-off is known: guidance adds mouth motion inside a band of times, roughness outside.
 
-Without guidance the mouth follows half of the true motion under a tremor of its own; the null branch lacks a fifth of
+Without guidance the mouth follows two fifths of the true motion under a tremor of its own; the null branch lacks a fifth of
 the motion inside the band, and has less roughness outside of it. So guidance raises the lip gap's correlation inside
 the band only and costs fidelity outside. What the "network" needs of a clip travels in its conditions.
 """
@@ -16,7 +16,7 @@ from lipstream.models.codec import PocketCodec
 from lipstream.models.dit import Conditions
 
 
-def made_clips(codec: PocketCodec, count: int = 6, latent_frames: int = 9) -> list[AnalysisClip]:
+def made_clips(codec: PocketCodec, count: int = 6, latent_frames: int = 15) -> list[AnalysisClip]:
     """Clips with one direction of motion each, and the conditions that `made_teacher` reads."""
     clips = []
     config = codec.config
@@ -29,7 +29,7 @@ def made_clips(codec: PocketCodec, count: int = 6, latent_frames: int = 9) -> li
         still, direction = draw(config.latent_channels, 1, 10, 10), draw(config.latent_channels, 1, 10, 10)
         motion, tremor = (draw(1, latent_frames, 1, 1) * direction for _ in range(2))
         conditions = Conditions(
-            reference=(still + 0.5 * motion + 0.7 * tremor)[None],
+            reference=(still + 0.4 * motion + 0.5 * tremor)[None],
             mask=codec.mouth_mask(),
             masked_video=motion[None],
             ref_sequence=draw(1, config.latent_channels, latent_frames, 10, 10),

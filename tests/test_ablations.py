@@ -71,7 +71,7 @@ def test_every_row_fits_the_recipe_and_defaults_are_the_papers_choice() -> None:
             assert row.role == "student" or not row.changes
     final = next(row for row in TABLES["systems"].rows if row.name == "Lip Forcing, 2 calls")
     assert apply(Recipe(), final) == Recipe()
-    with pytest.raises(ValueError, match="'guidance'.*Recipe has"):
+    with pytest.raises(ValueError, match=r"'guidance'.*Recipe has"):
         apply(Recipe(), Row(name="x", changes=(("guidance", "all"),)))
 
 

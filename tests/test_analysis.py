@@ -156,7 +156,7 @@ def test_a_scorer_takes_the_place_of_the_lip_gap() -> None:
     metrics = PocketMetrics(codec, field_score(codec, confidence))
     scores = metrics(clip.target[None].expand(3, -1, -1, -1, -1), clip)
     assert metrics.sync == "confidence" and not metrics.missing and scores["confidence"].tolist() == [0, 1, 2]
-    assert seen == [(3, 33, 20, 20, 2), (3, 33, 2)]
+    assert seen == [(3, 57, 20, 20, 2), (3, 57, 2)]
     assert "SyncNet" in PocketMetrics(codec).missing[0]
 
 
@@ -190,7 +190,7 @@ def study(folder: Path, *, gain: float = 1.0, calls: list[float] | None = None, 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Findings, Path]:
     work = study(tmp_path_factory.mktemp("study"))
-    return work.run(made_clips(tiny_codec(), 5)), work.folder
+    return work.run(made_clips(tiny_codec(), 6)), work.folder
 
 
 def test_known_trade_off_is_found(found: tuple[Findings, Path]) -> None:
@@ -283,7 +283,7 @@ def test_command_analyzes_a_random_teacher(tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "out"
     command = ["analyze", "--model", str(tmp_path / "teacher.safetensors"), "--samples", str(tmp_path / "samples")]
     command += ["--codec", str(tmp_path / "codec.safetensors"), "--speech", str(tmp_path / "speech.safetensors")]
-    assert main([*command, "-o", str(out), "--landings-every", "12"]) == 0
+    assert main([*command, "-o", str(out), "--steps", "8", "--landings-every", "3"]) == 0
     shown = capsys.readouterr()
     assert "2 clips, sync = gap_r" in shown.out and "not measured: SyncNet" in shown.out and "guide" in shown.out
     assert "2/2" in shown.err
@@ -291,7 +291,7 @@ def test_command_analyzes_a_random_teacher(tmp_path: Path, capsys: pytest.Captur
         "trajectories", "scores", "curves.json", "tradeoff.png", "factorial.png",
     }  # fmt: skip
     data = json.loads((out / "audio" / "curves.json").read_text())
-    assert data["config"]["scale"] == 4.5 and data["landings"] == [12, 24, 36, 48]
+    assert data["config"]["scale"] == 4.5 and data["landings"] == [3, 6]
 
     def fails(*more: str) -> str:
         assert main([*command, "-o", str(out), *more]) == 2
@@ -302,7 +302,7 @@ def test_command_analyzes_a_random_teacher(tmp_path: Path, capsys: pytest.Captur
     assert "none of the 3 samples" in fails("--only", "s99")
     assert "at least two clips" in fails("--only", "s1_c")
     assert "above 1" in fails("--scale", "1")
-    assert "other settings" in fails("--scale", "2", "--landings-every", "12")
+    assert "other settings" in fails("--scale", "2")
     assert "no such weights file" in fails("--model", "none.safetensors")
     assert "48 latent channels" in fails("--model", str(pocket_weights()))
 

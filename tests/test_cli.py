@@ -46,8 +46,8 @@ FLAGS = {
         "--verbose",
     },
     "analyze": {
-        "--model", "--samples", "--output", "--only", "--limit", "--scale", "--landings-every", "--codec", "--speech",
-        "--seed", "--threads", "--verbose",
+        "--model", "--samples", "--output", "--only", "--limit", "--scale", "--steps", "--landings-every", "--codec",
+        "--speech", "--seed", "--threads", "--verbose",
     },
     "ablate": {"--output", "--seeds", "--list", "--workers", "--config", "--verbose"},
     "bench": {

@@ -35,6 +35,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="clips or speakers (default: those left out)")
     parser.add_argument("--limit", type=positive, default=PAPER_CLIPS, help="clips (default: 10, as in the paper)")
     parser.add_argument("--scale", type=float, help="guidance (default: the teacher's own, or the paper's 4.5)")
+    parser.add_argument("--steps", type=positive, default=50, help="of the teacher's grid (default: 50)")
     parser.add_argument("--landings-every", type=positive, default=1, metavar="N", help="every Nth landing only")
     parser.add_argument("--codec", type=Path, default=POCKET / "codec.safetensors", help="(default: the built-in one)")
     parser.add_argument("--speech", type=Path, default=POCKET / "speech.safetensors", help="(default: built-in)")
@@ -67,16 +68,17 @@ def run(args: argparse.Namespace) -> int:
     if codec.config.latent_channels != model.config.latent_channels:
         channels = (model.config.latent_channels, codec.config.latent_channels)
         raise UsageError(f"{args.model}: takes {channels[0]} latent channels, {args.codec} makes {channels[1]}")
-    chosen = choose(load_clips(args.samples), args.only, args.limit)
-    clips = pocket_clips(chosen, codec, load_speech_encoder(args.speech), model)
     scale = args.scale if args.scale is not None else own_scale if own_scale > 1 else PAPER_SCALE
     config = StudyConfig(
         scale=scale,
+        steps=args.steps,
         drop="audio",  # without text, both modes are the same
         seed=args.seed,
-        landings=tuple(range(args.landings_every, 50, args.landings_every)),
+        landings=tuple(range(args.landings_every, args.steps, args.landings_every)),
         teacher=sha256_of(args.model)[:12],
     )
+    chosen = choose(load_clips(args.samples), args.only, args.limit)
+    clips = pocket_clips(chosen, codec, load_speech_encoder(args.speech), model)
     study = Study(pocket_network(model), PocketMetrics(codec, sync_score(codec)), config, args.output)
     done = 0
 
