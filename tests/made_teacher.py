@@ -1,8 +1,8 @@
 """A hand-made teacher whose trade-off is known: guidance adds mouth motion inside a band of times, roughness outside.
 
-Without guidance the mouth follows two fifths of the true motion under a tremor of its own; the null branch lacks a fifth of
-the motion inside the band, and has less roughness outside of it. So guidance raises the lip gap's correlation inside
-the band only and costs fidelity outside. What the "network" needs of a clip travels in its conditions.
+Without guidance the mouth follows two fifths of the true motion under a tremor of its own; the null branch lacks a
+fifth of the motion inside the band, and has less roughness outside of it. So guidance raises the lip gap's correlation
+inside the band only and costs fidelity outside. What the "network" needs of a clip travels in its conditions.
 """
 
 from __future__ import annotations

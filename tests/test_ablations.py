@@ -36,7 +36,7 @@ class Recipe:
     """Stands in for the recipe of stage 2: the fields that rows may change, and one that they may not."""
 
     guidance_schedule: str = "window"
-    reward: bool = True
+    beta: float = 10.0
     times: tuple[float, ...] = STUDENT_TIMES
     defective_gradients: bool = False
     lr: float = 2e-6

@@ -26,7 +26,7 @@ from lipstream.diffusion.teacher import Teacher, teacher_steps, teacher_times
 from lipstream.models.audio import SpeechEncoder, save_speech_encoder, speech_config
 from lipstream.models.dit import FLAVOURS, Conditions, DiT
 from lipstream.training.codec import Sampler
-from lipstream.training.forcing import code_clip
+from lipstream.training.coded import code_clip
 from lipstream.training.samples import Clip
 from made_teacher import made_clips, made_teacher
 from test_training import made_up_clip
@@ -126,7 +126,7 @@ def test_metrics_of_truth_still_and_spoiled_mouths() -> None:
     scores = PocketMetrics(codec)(torch.stack([true, still, (true + still) / 2, rough]), clip)
     assert scores["mouth_error"][0] == 0 and scores["gap_r"][0] == pytest.approx(1, abs=1e-4)
     assert scores["sharp_space"][0] == pytest.approx(1) and scores["sharp_time"][0] == pytest.approx(1)
-    assert scores["mouth_error"][1] == pytest.approx(1) and scores["sharp_time"][1] < 0.5
+    assert scores["mouth_error"][1] == pytest.approx(1) and scores["sharp_time"][1] < 0.8
     assert scores["mouth_error"][2] == pytest.approx(0.5)
     assert scores["gap_amplitude"][2] < 1
     assert scores["sharp_space"][3] > 1.1 and scores["gap_r"][3] < 0.99
@@ -283,6 +283,7 @@ def test_command_analyzes_a_random_teacher(tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "out"
     command = ["analyze", "--model", str(tmp_path / "teacher.safetensors"), "--samples", str(tmp_path / "samples")]
     command += ["--codec", str(tmp_path / "codec.safetensors"), "--speech", str(tmp_path / "speech.safetensors")]
+    command += ["--syncnet", "none"]
     assert main([*command, "-o", str(out), "--steps", "8", "--landings-every", "3"]) == 0
     shown = capsys.readouterr()
     assert "2 clips, sync = gap_r" in shown.out and "not measured: SyncNet" in shown.out and "guide" in shown.out
@@ -303,6 +304,7 @@ def test_command_analyzes_a_random_teacher(tmp_path: Path, capsys: pytest.Captur
     assert "at least two clips" in fails("--only", "s1_c")
     assert "above 1" in fails("--scale", "1")
     assert "other settings" in fails("--scale", "2")
+    assert "SyncNet hears" in fails("--syncnet", str(pocket_weights().parent / "syncnet.safetensors"))
     assert "no such weights file" in fails("--model", "none.safetensors")
     assert "48 latent channels" in fails("--model", str(pocket_weights()))
 

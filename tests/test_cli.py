@@ -47,7 +47,7 @@ FLAGS = {
     },
     "analyze": {
         "--model", "--samples", "--output", "--only", "--limit", "--scale", "--steps", "--landings-every", "--codec",
-        "--speech", "--seed", "--threads", "--verbose",
+        "--speech", "--syncnet", "--seed", "--threads", "--verbose",
     },
     "ablate": {"--output", "--seeds", "--list", "--workers", "--config", "--verbose"},
     "bench": {

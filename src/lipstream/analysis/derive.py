@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lipstream.analysis.curves import Curve, Factorial, TradeOff, Values
 
@@ -136,17 +137,25 @@ def derive(trade: TradeOff, factorial: Factorial, rule: Rule | None = None) -> D
     )
 
 
-def _peak(curve: Curve, rule: Rule) -> tuple[Values, int, bool, str]:
+def _width(steps: NDArray[np.int64], rule: Rule) -> int:
+    """The running mean's width in points, odd; sparse landings are smoothed over as many steps as dense ones."""
+    spacing = int(steps[1] - steps[0]) if len(steps) > 1 else 1
+    points = max(1, rule.smooth_steps // spacing)
+    return points - 1 + points % 2
+
+
+def _peak(curve: Curve, width: int, rule: Rule) -> tuple[Values, int, bool, str]:
     """Smoothed curve, where its peak lies, whether the peak counts, and the peak in words."""
-    mean, se = smoothed(curve.mean, rule.smooth_steps), smoothed(curve.se, rule.smooth_steps)
+    mean, se = smoothed(curve.mean, width), smoothed(curve.se, width)
     peak = int(np.argmax(mean))
     counts = bool(mean[peak] > 0 and mean[peak] >= rule.standard_errors * se[peak])
     return mean, peak, counts, f"{mean[peak]:+.3g} ± {se[peak]:.2g}"
 
 
 def _window(trade: TradeOff, rule: Rule) -> Derived:
-    gain, at, gains, gain_text = _peak(trade.gain, rule)
-    cost, cost_at, costs, cost_text = _peak(trade.cost, rule)
+    width = _width(trade.steps, rule)
+    gain, at, gains, gain_text = _peak(trade.gain, width, rule)
+    cost, cost_at, costs, cost_text = _peak(trade.cost, width, rule)
     bought = f"guidance changes synchronisation by at most {gain_text} (step {trade.steps[at]})"
     paid = f"and the fidelity error by at most {cost_text} (step {trade.steps[cost_at]})"
     needed = f"{rule.standard_errors:g} standard errors"
@@ -183,13 +192,14 @@ def _window(trade: TradeOff, rule: Rule) -> Derived:
 
 
 def _landing(factorial: Factorial, rule: Rule) -> Derived:
-    gain, at, counts, text = _peak(factorial.gain[MIXED], rule)
+    width = _width(factorial.landings, rule)
+    gain, at, counts, text = _peak(factorial.gain[MIXED], width, rule)
     bought = f"guidance at call 2 alone changes synchronisation by at most {text} (landing {factorial.landings[at]})"
     if not counts:
         reason = f"{bought}: less than {rule.standard_errors:g} standard errors, no landing is better than another"
         return Derived(guidance="never", reasons=(reason,))
-    sync = smoothed(factorial.sync[MIXED].mean, rule.smooth_steps)
-    se = smoothed(factorial.gain[MIXED].se, rule.smooth_steps)
+    sync = smoothed(factorial.sync[MIXED].mean, width)
+    se = smoothed(factorial.gain[MIXED].se, width)
     peak = int(np.argmax(sync))
     allowed = max(rule.plateau_loss * float(gain[at]), float(se[peak]))
     good = sync >= sync[peak] - allowed
@@ -198,14 +208,14 @@ def _landing(factorial: Factorial, rule: Rule) -> Derived:
         low -= 1
     while high + 1 < len(good) and good[high + 1]:
         high += 1
-    error = smoothed(factorial.error[MIXED].mean, rule.smooth_steps)
+    error = smoothed(factorial.error[MIXED].mean, width)
     difference = float(error[low] - error[high])
     same = abs(difference) < 0.01 * abs(float(error[peak]))
     lean = 0.5 if same else rule.lean if difference > 0 else 1 - rule.lean
     chosen = round(low + lean * (high - low))
     plateau = int(factorial.landings[low]), int(factorial.landings[high])
     faithful = "both ends alike" if same else f"the {'late' if difference > 0 else 'early'} end is the faithful one"
-    ceiling = smoothed(factorial.gain[CEILING].mean, rule.smooth_steps)[chosen]
+    ceiling = smoothed(factorial.gain[CEILING].mean, width)[chosen]
     recovered = f"there it recovers {gain[chosen] / ceiling:.0%} of the gain of guidance at both calls"
     reasons = [bought, f"plateau of landings {plateau[0]} to {plateau[1]}, {faithful}: {factorial.landings[chosen]}"]
     if ceiling > 0:

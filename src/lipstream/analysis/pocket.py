@@ -27,7 +27,7 @@ from lipstream.models.audio import SpeechEncoder
 from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.dit import Conditions, DiT
 from lipstream.training.codec import Sampler
-from lipstream.training.forcing import Coded, code_clip, speech_rows
+from lipstream.training.coded import Coded, code_clip, speech_rows
 from lipstream.training.samples import Clip
 
 WINDOW_LATENT_FRAMES = 15
@@ -84,7 +84,7 @@ def analysis_clip(
 ) -> AnalysisClip:
     """The middle window of a coded clip, with the conditions that the teacher was trained with."""
     size = FRAMES_PER_LATENT
-    start = (len(item.clip) - pixel_frames_of(latent_frames)) // 2
+    start = (len(item.still) - pixel_frames_of(latent_frames)) // 2
     moving = start + 1 + size * torch.arange(latent_frames - 1)
     target = torch.cat([item.still[start : start + 1], item.moving[moving]]).float()
     speech = torch.cat(
@@ -106,4 +106,4 @@ def analysis_clip(
         audio=model.audio_proj.join(speech[None].to(model.dtype)).float(),
     )
     free = codec.pose_free(target).transpose(0, 1).contiguous()
-    return AnalysisClip(name=item.clip.name, target=free, conditions=conditions, speech=speech)
+    return AnalysisClip(name=item.name, target=free, conditions=conditions, speech=speech)

@@ -17,6 +17,7 @@ from lipstream.cli.common import EXIT_OK, UsageError, add_verbose, positive
 if TYPE_CHECKING:  # torch loads when the command runs
     from lipstream.analysis.metrics import SyncScore
     from lipstream.analysis.study import Findings
+    from lipstream.models.audio import SpeechEncoder
     from lipstream.models.codec import PocketCodec
     from lipstream.training.samples import Clip
 
@@ -39,6 +40,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--landings-every", type=positive, default=1, metavar="N", help="every Nth landing only")
     parser.add_argument("--codec", type=Path, default=POCKET / "codec.safetensors", help="(default: the built-in one)")
     parser.add_argument("--speech", type=Path, default=POCKET / "speech.safetensors", help="(default: built-in)")
+    syncnet = str(POCKET / "syncnet.safetensors")
+    parser.add_argument("--syncnet", default=syncnet, metavar="FILE", help="(default: built-in), or none")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
     add_verbose(parser)
@@ -78,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
         teacher=sha256_of(args.model)[:12],
     )
     chosen = choose(load_clips(args.samples), args.only, args.limit)
-    clips = pocket_clips(chosen, codec, load_speech_encoder(args.speech), model)
-    study = Study(pocket_network(model), PocketMetrics(codec, sync_score(codec)), config, args.output)
+    encoder = load_speech_encoder(args.speech)
+    metrics = PocketMetrics(codec, sync_score(args.syncnet, codec, encoder))
+    clips = pocket_clips(chosen, codec, encoder, model)
+    study = Study(pocket_network(model), metrics, config, args.output)
     done = 0
 
     def tell(name: str) -> None:
@@ -95,12 +100,15 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def sync_score(codec: PocketCodec) -> SyncScore | None:
-    """The pocket SyncNet's confidence, once there is one; until then the lip gap's correlation stands in.
+def sync_score(name: str, codec: PocketCodec, encoder: SpeechEncoder) -> SyncScore | None:
+    """The confidence of the pocket SyncNet in a file; None for "none": the lip gap's correlation stands in."""
+    from lipstream.analysis.metrics import field_score
+    from lipstream.checkpoints.networks import load_syncnet
+    from lipstream.models.syncnet_pocket import SyncScorer
 
-    To plug one: `return field_score(codec, SyncScorer(...).confidence)` (`analysis.metrics.field_score`).
-    """
-    return None
+    if name == "none":
+        return None
+    return field_score(codec, SyncScorer(load_syncnet(Path(name)), codec, encoder).confidence)
 
 
 def choose(clips: Sequence[Clip], only: Sequence[str] | None, limit: int) -> list[Clip]:

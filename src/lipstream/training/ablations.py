@@ -42,8 +42,8 @@ class Row:
 
     Attributes:
         changes: (field of the recipe, value) pairs. Fields used here: `guidance_schedule` ("all", "none", "window",
-            "reverse"), `reward` (bool), `times` (of the calls and, last, the clean pass), `defective_gradients`
-            (bool: the reference's zeroed cache under checkpointing, spec 11.1).
+            "reverse"), `beta` (of the reward; 0 is none), `times` (of the calls and, last, the clean pass),
+            `defective_gradients` (bool: the reference's zeroed cache under checkpointing, spec 11.1).
         role: what is measured; only a "student" takes changes.
         paper: the paper's numbers of this row, {metric: number}.
     """
@@ -98,7 +98,7 @@ def _paper(sync_c: float, sync_d: float, fvd: float, ssim: float) -> tuple[tuple
 def _student(
     name: str, paper: tuple[tuple[str, float], ...] = (), *, guidance: str = "window", reward: bool = False, **more: Any
 ) -> Row:
-    changes = {"guidance_schedule": guidance, "reward": reward, **more}
+    changes = {"guidance_schedule": guidance, **({} if reward else {"beta": 0.0}), **more}
     return Row(name=name, changes=tuple(sorted(changes.items())), paper=paper)
 
 
