@@ -45,6 +45,11 @@ FLAGS = {
         "--force",
         "--verbose",
     },
+    "analyze": {
+        "--model", "--samples", "--output", "--only", "--limit", "--scale", "--steps", "--landings-every", "--codec",
+        "--speech", "--syncnet", "--seed", "--threads", "--verbose",
+    },
+    "ablate": {"--output", "--seeds", "--list", "--workers", "--config", "--verbose"},
     "bench": {
         "--model", "--device", "--dtype", "--size", "--chunks", "--starts", "--layers", "--threads", "--attention",
         "--compile", "--join-clean", "--json", "--verbose",
