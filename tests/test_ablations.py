@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from lipstream.checkpoints.networks import save_dit
 from lipstream.cli import ablate
 from lipstream.cli.main import main
 from lipstream.diffusion.schedule import STUDENT_TIMES
+from lipstream.training import ablation_workers
 from lipstream.training.ablations import (
     TABLES,
     Outcome,
@@ -27,8 +31,10 @@ from lipstream.training.ablations import (
     run_table,
     student_times,
 )
+from lipstream.training.material import Material
+from tiny import coded_clips, tiny_codec, tiny_dit
 
-PAPER = Path("/work/shared/paper.md")
+PAPER = Path(__file__).parents[2] / "shared" / "paper.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,3 +198,39 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
     assert dataclasses.is_dataclass(Row)
+
+
+def test_the_pocket_workers_train_and_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coded = coded_clips(2, 72)
+    material = Material(tiny_codec(), coded, np.ones(2), coded[:1])
+    for name in ("student", "teacher"):
+        save_dit(tiny_dit(material.codec), 1.0, tmp_path / f"{name}.safetensors")
+    for name in ("codec", "speech", "syncnet", "samples"):
+        (tmp_path / name).touch()
+    paths = {name: str(tmp_path / name) for name in ("codec", "speech", "syncnet")}
+    weights = {name: str(tmp_path / f"{name}.safetensors") for name in ("student", "teacher")}
+    file = tmp_path / "budget.json"
+    given = {**paths, **weights, "samples": [str(tmp_path / "samples")], "steps": 2, "batch": 2}
+    file.write_text(json.dumps(given))
+    workers = ablation_workers.Workers(ablation_workers.Budget.read(file))
+    workers.__dict__ |= {"material": material, "reward": lambda z, heard: torch.zeros(len(z))}
+    found = {}
+    for row in TABLES["systems"].rows:
+        folder = tmp_path / row.key
+        workers.train(row, 0, folder)
+        assert (folder / "checkpoint.pt").exists() == (row.role == "student")
+        found[row.name] = workers.measure(row, 0, folder)
+    assert found["ground truth"]["opening_r"] == 1.0 and found["ground truth"]["mouth_error"] == 0.0
+    assert found["teacher, 50 steps"]["fps"] < found["Lip Forcing, 2 calls"]["fps"]
+    for change, words in (
+        ({"codec": str(tmp_path / "no.safetensors")}, "no.safetensors does not exist"),
+        ({"colour": 1}, r"unknown \['colour'\]"),
+    ):
+        file.write_text(json.dumps(given | change))
+        with pytest.raises(ValueError, match=words):
+            ablation_workers.ablation_workers(file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="JSON"):
+        ablation_workers.ablation_workers(file)
+    with pytest.raises(ValueError, match="--config"):
+        ablation_workers.ablation_workers(None)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lipstream.training.ablations import Measure, Train
 
 #: MODULE:FUNCTION that takes the options' remaining arguments and gives (train, measure).
-WORKERS = "lipstream.training.distill:ablation_workers"
+WORKERS = "lipstream.training.ablation_workers:ablation_workers"
 NAMES = ("guidance", "reward", "steps", "landing", "systems", "gradients")  # of the tables; a test compares them
 
 

@@ -259,6 +259,11 @@ def detail(task: MouthTask, z: Tensor) -> Tensor:
     return (fields[..., 2:, :] - 2 * fields[..., 1:-1, :] + fields[..., :-2, :]).square().mean().sqrt()
 
 
+def loop_config(steps: int) -> LoopConfig:
+    """Optimisation of so many critic updates: the paper's betas; rates that fall, for a run is short."""
+    return LoopConfig(steps=steps, betas=(0.0, 0.999), ema=0.95, warmup=20, final_lr=0.1, save_every=100)
+
+
 def train(
     run: Path,
     material: Material,
@@ -274,6 +279,8 @@ def train(
         networks: student, critic and teacher, the first two are trained.
     """
     student, critic, teacher = networks
+    for trained in (student, critic):
+        trained.train().requires_grad_(True)
     windows = Windows(material.coded, material.weights, seed=seed, latent_frames=config.latent_frames)
     task = MouthTask(material.codec, windows, config)
     parts = Distillation(student, critic, teacher, task, config, reward)
@@ -292,9 +299,9 @@ def train(
         assert audition is not None and isinstance(models["student"], DiT)
         return audition(models["student"])
 
-    trained = trainer.run(evaluate if audition else None)["student"]
-    assert isinstance(trained, DiT)
-    return trained
+    averaged = trainer.run(evaluate if audition else None)["student"]
+    assert isinstance(averaged, DiT)
+    return averaged
 
 
 def syncnet_reward(file: Path, codec: PocketCodec, speech: Path) -> Reward:
@@ -333,10 +340,15 @@ def main() -> None:
     material = read_material(arguments, config.versions)
     reward = syncnet_reward(arguments.syncnet, material.codec, arguments.speech) if arguments.syncnet else None
     networks = tuple(load_dit(getattr(arguments, name))[0] for name in ("student", "teacher", "teacher"))
-    for network in networks[:2]:
-        network.train().requires_grad_(True)
-    loop = LoopConfig(steps=arguments.steps, betas=(0.0, 0.999), ema=0.95, warmup=20, final_lr=0.1, save_every=100)
-    train(arguments.run, material, loop, config, (networks[0], networks[1], networks[2]), reward, arguments.seed)
+    train(
+        arguments.run,
+        material,
+        loop_config(arguments.steps),
+        config,
+        (networks[0], networks[1], networks[2]),
+        reward,
+        arguments.seed,
+    )
 
 
 if __name__ == "__main__":

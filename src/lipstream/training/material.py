@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +43,18 @@ def read_material(arguments: argparse.Namespace, versions: int = 2) -> Material:
     """Load and code what the command line names; also sets up logging and threads."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
-    codec, encoder = load_codec(arguments.codec), load_speech_encoder(arguments.speech)
+    return load_material(arguments.samples, arguments.codec, arguments.speech, versions, arguments.cache)
+
+
+def load_material(
+    samples: Sequence[Path], codec_file: Path, speech_file: Path, versions: int, cache: Path | None = None
+) -> Material:
+    """Load and code samples; see `lipstream.training.coded.code_clips` for the cache."""
+    codec, encoder = load_codec(codec_file), load_speech_encoder(speech_file)
     codec.requires_grad_(False)
-    clips = load_clips(arguments.samples)
+    clips = load_clips(samples)
     held = [c for c in clips if c.name in LEFT_OUT or c.speaker in LEFT_OUT]
     kept = [c for c in clips if c.name not in {h.name for h in held}]
-    coded, weights = code_clips(codec, kept, encoder, versions, arguments.cache)
-    listened = code_clips(codec, held, encoder, 1, arguments.cache)[0] if held else []
+    coded, weights = code_clips(codec, kept, encoder, versions, cache)
+    listened = code_clips(codec, held, encoder, 1, cache)[0] if held else []
     return Material(codec, coded, weights, listened)

@@ -100,9 +100,14 @@ def speakers(coded: Sequence[Coded]) -> list[str]:
 
 def held_out_batch(task: MouthTask, coded: Sequence[Coded]) -> Batch:
     """One fixed segment of each clip, as training sees it, but with whole speech."""
-    rows = [Windows([item], np.ones(1), seed=5, latent_frames=SEGMENT).draw() for item in coded]
+    rows = [held_out_windows([item]).draw() for item in coded]
     stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
     return task.whole(*stacked)
+
+
+def held_out_windows(coded: Sequence[Coded]) -> Windows:
+    """Segments of held-out clips; the same ones every time."""
+    return Windows(coded, np.ones(len(coded)), seed=5, latent_frames=SEGMENT)
 
 
 def gap_correlation(task: MouthTask, x0: Tensor, target: Tensor) -> Tensor:
