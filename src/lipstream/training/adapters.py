@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def add_lora(dit: DiT, recipe: LoraRecipe) -> DiT:
         raise ValueError("this network has LoRA factors already")
     if any(".qkv." in name for name, _ in dit.named_parameters()):
         raise ValueError("the projections are fused: call fuse_projections(False) before add_lora")
-    settings = PeftConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=list(recipe.targets), lora_dropout=0.0)
+    alpha: Any = recipe.alpha  # peft says int and divides it all the same
+    settings = PeftConfig(r=recipe.rank, lora_alpha=alpha, target_modules=list(recipe.targets), lora_dropout=0.0)
     inject_adapter_in_model(settings, dit)
     for name, parameter in dit.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.startswith(tuple(f"{part}." for part in recipe.whole)))

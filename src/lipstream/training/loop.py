@@ -120,16 +120,18 @@ class _Learner:
             group["lr"] = config.lr_at(step)
         trainee.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        metrics: dict[str, float] = {}
+        seen: dict[str, list[float]] = {}
         for part in range(config.accumulate):
             value, extra = trainee.loss(parallel.micro_batch(step * config.accumulate + part))
             (value / config.accumulate).backward()  # type: ignore[no-untyped-call]
-            metrics = {"loss": value.item(), **extra}
+            for key, number in {"loss": value.item(), **extra}.items():
+                seen.setdefault(key, []).append(number)
         norm = parallel.clip_gradients(self.parameters, config.clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"{trainee.name}: gradient norm is {norm.item()} at step {step}")
         self.optimizer.step()
         self._average(step // trainee.every + 1)
+        metrics = {key: sum(values) / len(values) for key, values in seen.items()}
         return {**metrics, "grad_norm": norm.item()}
 
     @torch.no_grad()
