@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 import parallel_worker as worker
@@ -48,9 +49,16 @@ def torchrun(folder: Path, *scenarios: str, restarts: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All scenarios in two processes, in one launch: starting takes longer than training."""
-    folder = tmp_path_factory.mktemp("together")
-    torchrun(folder, *worker.SCENARIOS)
+    """All scenarios in two processes, in one launch for all workers of the test run: starting takes the time."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "together"
+    with FileLock(base / "together.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            torchrun(folder, *worker.SCENARIOS)
+            (folder / "done").touch()
+    assert (folder / "done").exists(), "the launch failed in another worker"
     return folder
 
 

@@ -77,7 +77,7 @@ class ForcingRecipe(Recipe):
         time_odds: their probabilities.
         windows: (window, sink) in latent frames; each forward draws one (spec 5.1).
         window_positions: rotary positions counted within the window, else over the whole clip.
-        loss_scale: of the mean squared error of x0. The paper says rectified-flow matching, the code is this (spec 9.1).
+        loss_scale: of the mean squared error of x0, which is the code's; the paper says flow matching (spec 9.1).
         drop_audio: share of clips without speech.
     """
 
@@ -101,7 +101,7 @@ class DistillRecipe(Recipe):
         critic_lr, critic_clip: as ``loop.lr`` and ``loop.clip`` are the student's.
         times: of the student's calls and, last, of its clean pass.
         window, sink: latent frames that the rollout's cache shows, the current chunk included.
-        guidance_window, guidance_scale: closed interval of t in which the teacher is guided, and how strongly; 1 outside.
+        guidance_window, guidance_scale: closed interval of t in which the teacher is guided, how strongly (1 outside).
         guidance_drop: what the null branch lacks.
         beta: reward weight exp(beta R).
         reward_clamp: limits of R.
