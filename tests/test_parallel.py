@@ -31,7 +31,8 @@ def torchrun(folder: Path, *scenarios: str, restarts: int = 0) -> str:
     path = os.pathsep.join([str(TESTS), *sys.path])
     child = subprocess.Popen(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        # The store: or a second life may read the addresses of the first (see docs/training-at-scale.md).
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
