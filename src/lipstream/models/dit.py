@@ -295,7 +295,7 @@ class DiT(nn.Module):
         inputs: _Inputs,
         sight: Sight,
         extends: list[tuple[Extend | None, ...]],
-        text: list[TextKeys | None],
+        text: list[TextKeys | Tensor | None],
         blocks: int | None = None,
     ) -> Tensor:
         """Tokens behind the first `blocks` blocks (all of them), [B, T, S, D]."""
@@ -353,10 +353,10 @@ class DiT(nn.Module):
         """
         rows, bias = merge_padding(text.to(self.dtype), self.config.text_len)
         embedded = self.text_embedding(rows)
-        return TextMemory(text=text, layers=[b.cross_attn.keys_values(embedded) for b in self._blocks()], bias=bias)
+        return TextMemory(text=text, layers=[b.text_keys(embedded)[:2] for b in self._blocks()], bias=bias)
 
-    def _text_keys(self, text: Tensor | TextMemory | None, cache: KVCache | None) -> list[TextKeys | None]:
-        """Text keys and values per block; kept in the cache, but never reused where a gradient must flow."""
+    def _text_keys(self, text: Tensor | TextMemory | None, cache: KVCache | None) -> list[TextKeys | Tensor | None]:
+        """Text per block: its keys, kept in the cache; or embedded rows, where a gradient must flow."""
         if not self.config.text_dim:
             return [None] * len(self.blocks)
         if text is None:
@@ -367,8 +367,7 @@ class DiT(nn.Module):
                 if missing < 0:
                     raise ValueError(f"text has {text.shape[1]} rows, the network takes {self.config.text_len}")
                 # Rows behind the prompt are zeros, become constants after the biases and are attended: no mask.
-                embedded = self.text_embedding(F.pad(text.to(self.dtype), (0, 0, 0, missing)))
-                return [TextKeys(*block.cross_attn.keys_values(embedded), None) for block in self._blocks()]
+                return [self.text_embedding(F.pad(text.to(self.dtype), (0, 0, 0, missing)))] * len(self.blocks)
             if cache.text is None or cache.text.text is not text:
                 cache.text = self.prepare_text(text)
             text = cache.text

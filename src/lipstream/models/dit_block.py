@@ -197,9 +197,13 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, time: Tensor, sight: Sight, extends: Sequence[Extend | None], text: TextKeys | None
+        self, x: Tensor, time: Tensor, sight: Sight, extends: Sequence[Extend | None], text: TextKeys | Tensor | None
     ) -> Tensor:
-        """x [B, T, S, D], time [B, T or 1, 6, D] -> [B, T, S, D]; extends: this layer's cache, one per segment."""
+        """x [B, T, S, D], time [B, T or 1, 6, D] -> [B, T, S, D]; extends: this layer's cache, one per segment.
+
+        text: keys that were made before, or embedded rows [B', L, D] (training: a gradient reaches them, and a sharded
+        block has its weights together only while it runs).
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(dim=2)
         frames = x.shape[1]
 
@@ -208,6 +212,8 @@ class Block(nn.Module):
         x = torch.addcmul(x, gate1, rearrange(read, "b (t s) d -> b t s d", t=frames))
 
         if text is not None:
+            if isinstance(text, Tensor):
+                text = TextKeys(*self.cross_attn.keys_values(text), None)
             q = self.cross_attn.queries(rearrange(self.norm3(x), "b t s d -> b (t s) d"))
             # Guidance branches share one text: rows are [conditional B; null B].
             k, v = (row.repeat(len(q) // len(row), 1, 1, 1) if len(row) != len(q) else row for row in text[:2])
@@ -216,6 +222,10 @@ class Block(nn.Module):
             x = x + rearrange(read, "b (t s) d -> b t s d", t=frames)
 
         return torch.addcmul(x, gate2, _by_rows(self.ffn, _modulate(self.norm2(x), shift2, scale2)))
+
+    def text_keys(self, embedded: Tensor) -> TextKeys:
+        """Keys and values of embedded text rows [B', L, D]."""
+        return TextKeys(*self.cross_attn.keys_values(embedded), None)
 
     def remember(self, x: Tensor, time: Tensor, extend: Extend) -> None:
         """Only put the keys and values of x [B, T, S, D] into the cache: all that a clean pass needs of the last block.

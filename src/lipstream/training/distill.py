@@ -46,6 +46,7 @@ from lipstream.models.audio import load_speech_encoder
 from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.dit import DiT
 from lipstream.models.syncnet_pocket import SyncScorer
+from lipstream.training import parallel
 from lipstream.training.coded import CHUNK, Windows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.material import Material, add_material, read_material
@@ -154,7 +155,7 @@ class Distillation:
     def generate(self, batch: Batch) -> Tensor:
         """The student's x0 [B, K, T, g, g] of a batch, chunk by chunk, all chunks left at the same random call."""
         config = self.config
-        exit_call = int(self.task.windows.rng.integers(len(config.times) - 1))
+        exit_call = int(parallel.share(float(self.task.windows.rng.integers(len(config.times) - 1))))
         return roll_out(self.student, self.task, batch, config.times, exit_call=exit_call)
 
     @torch.no_grad()
@@ -291,8 +292,8 @@ def train(
         ),
     ]
     trainer = Loop(trainees, loop, run)
-    windows.rng = np.random.default_rng(trainer.step + seed)  # a resumed run goes on to new draws
-    torch.manual_seed(trainer.step + seed)
+    windows.rng = np.random.default_rng(trainer.seed(seed))  # a resumed run goes on to new draws
+    torch.manual_seed(trainer.seed(seed))
     audition = Audition(task, material, config, reward) if material.held else None
 
     def evaluate(models: dict[str, nn.Module]) -> dict[str, float]:

@@ -13,26 +13,51 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lipstream.checkpoints.dcp import read_dcp
 from lipstream.checkpoints.networks import save_codec, save_dit
+from lipstream.checkpoints.strict import listed
 from lipstream.models.codec import FLAVOURS as CODECS
 from lipstream.models.codec import PocketCodec
 from lipstream.models.dit import FLAVOURS, DiT
+from lipstream.training.parallel import latest_checkpoint
 
 log = logging.getLogger(__name__)
 
 
 def load_averaged(model: nn.Module, run: Path, trainee: str = "model") -> int:
-    """Fill ``model`` with a run's averaged weights; returns the step they are of.
+    """Fill ``model`` with a run's averaged weights (without an average: the trained ones); returns their step.
+
+    The run may be of one process or of many. A run in pieces holds only what learnt, so ``model`` has to have the rest.
 
     Raises:
-        ValueError: the run has no checkpoint.
+        ValueError: the run has no checkpoint, or none of this trainee or network.
     """
-    checkpoint = run / "checkpoint.pt"
+    checkpoint, pieces = run / "checkpoint.pt", latest_checkpoint(run / "checkpoints")
+    if pieces is not None:
+        return _load_pieces(model, pieces, trainee)
     if not checkpoint.exists():
         raise ValueError(f"{checkpoint}: no such checkpoint; has the run saved one yet?")
     state = torch.load(checkpoint, weights_only=True)
-    model.load_state_dict(state[trainee]["averaged"])
+    if trainee not in state:
+        raise ValueError(f"{checkpoint}: trained no {trainee}; it holds {sorted(state)}")
+    model.load_state_dict(state[trainee].get("averaged", state[trainee]["model"]))
     return int(state["step"])
+
+
+def _load_pieces(model: nn.Module, folder: Path, trainee: str) -> int:
+    """Read a checkpoint of many processes, one tensor at a time."""
+    stored = read_dcp(folder)
+    roles = (f"{trainee}.averaged.", f"{trainee}.model.")
+    prefix = next((role for role in roles if any(name.startswith(role) for name in stored)), None)
+    if prefix is None:
+        raise ValueError(f"{folder}: trained no {trainee}; it holds {sorted({name.split('.')[0] for name in stored})}")
+    tensors = {name.removeprefix(prefix): stored[name].read() for name in stored if name.startswith(prefix)}
+    result = model.load_state_dict(tensors, strict=False)
+    learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    odd = sorted({*result.unexpected_keys, *(learnt & set(result.missing_keys))})
+    if odd:
+        raise ValueError(f"{folder}: of another network than this one: {listed(odd)}")
+    return int(stored["step"].read())
 
 
 def export(

@@ -159,7 +159,7 @@ def train(
     windows = Windows(material.coded, material.weights, seed=10)
     task = MouthTask(material.codec, windows, config)
     trainer = Loop([Trainee(model=model, loss=ForcingLoss(model, task, config))], loop, run)
-    windows.rng = np.random.default_rng(trainer.step + 10)  # a resumed run goes on to new draws
+    windows.rng = np.random.default_rng(trainer.seed(10))  # a resumed run goes on to new draws
     evaluate = None
     if material.held:
         listening = Listening(task, material.held)

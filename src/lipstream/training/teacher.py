@@ -129,7 +129,7 @@ def train(run: Path, material: Material, loop: LoopConfig, config: TeacherConfig
     windows = Windows(material.coded, material.weights, seed=20, latent_frames=SEGMENT)
     task = MouthTask(material.codec, windows, config)
     trainer = Loop([Trainee(model=model, loss=TeacherLoss(model, task, config))], loop, run)
-    windows.rng = np.random.default_rng(trainer.step + 20)  # a resumed run goes on to new draws
+    windows.rng = np.random.default_rng(trainer.seed(20))  # a resumed run goes on to new draws
     trained = trainer.run(SegmentListening(task, material.held, config) if material.held else None)["model"]
     assert isinstance(trained, DiT)
     return trained
