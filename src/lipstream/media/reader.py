@@ -26,7 +26,16 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from lipstream.media.opening import MediaError, open_media, picture_stream
-from lipstream.media.planes import CHROMA_SHIFT, Orientation, blend_box, copy_frame, is_full_range, luma_space, to_rgb
+from lipstream.media.planes import (
+    CHROMA_SHIFT,
+    Orientation,
+    blend_box,
+    copy_frame,
+    is_full_range,
+    luma_space,
+    sample_bytes,
+    to_rgb,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +59,7 @@ class SourceFrame:
     Attributes:
         index: place in the sequence being read, from 0.
         pts: timestamp in units of time_base.
-        duration_pts: how long it shows, same unit.
+        duration_pts: how long it shows (until the next frame of its sequence), same unit.
         stored: the decoded frame in its own YUV format, not turned.
         orientation: what turns stored pixels upright.
     """
@@ -112,6 +121,12 @@ def replace_region(
     return changed
 
 
+def _lasting(frame: SourceFrame, duration_pts: int) -> SourceFrame:
+    """The frame, showing for so long."""
+    frame.stored.duration = duration_pts
+    return replace(frame, duration_pts=duration_pts)
+
+
 class VideoReader:
     """The first video stream of a file. Iterating starts from the beginning each time.
 
@@ -158,6 +173,11 @@ class VideoReader:
         turned = self.orientation.transpose
         self.width, self.height = self.stored_size[::-1] if turned else self.stored_size
 
+    @property
+    def frame_bytes(self) -> int:
+        """What one stored frame takes in memory, at least."""
+        return self.width * self.height * 3 * sample_bytes(self.pix_fmt) // 2
+
     def __enter__(self) -> VideoReader:
         return self
 
@@ -178,14 +198,19 @@ class VideoReader:
             if seek_pts is not None:
                 container.seek(seek_pts, stream=self._stream(container), backward=True, any_frame=False)
             index = 0
+            held: SourceFrame | None = None  # the containers' own durations are decoding times: the next frame tells
             for decoded in self._decode(container):
                 pts = decoded.pts if decoded.pts is not None else (0 if last is None else last + step)
                 if last is not None and pts <= last:
                     logger.warning("%s: frame %d repeats timestamp %d; moved by one tick", self.path, index, pts)
                     pts = last + 1
                 last = pts
-                yield self._frame(decoded, index, pts, decoded.duration or step)
+                if held is not None:
+                    yield _lasting(held, pts - held.pts)
+                held = self._frame(decoded, index, pts, decoded.duration or step)
                 index += 1
+            if held is not None:
+                yield held
         if seek_pts is None and index == 0:
             raise MediaError(self.path, "its video stream has no readable frame", "copy or download it again")
         if seek_pts is None and self.frames is not None and index < self.frames:
