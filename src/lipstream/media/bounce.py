@@ -40,6 +40,7 @@ class BouncingReader:
     Attributes:
         source_frames: number of frames of the source, once it has been played to its end and pictures are repeated.
         pts: timestamps of the source as far as it has been read.
+        given: how many frames have been given out.
     """
 
     def __init__(
@@ -59,10 +60,16 @@ class BouncingReader:
         self.cache_frames = max(min(cache_frames, MAX_CACHED_BYTES // frame_bytes), 4)
         self.source_frames: int | None = None
         self.pts: array[int] = array("q")
+        self.given = 0
 
     def __iter__(self) -> Iterator[SourceFrame]:
         """Every output frame once, in order; the first pass reads the source straight through."""
-        self.pts = array("q")
+        self.pts, self.given = array("q"), 0
+        for frame in self._play():
+            self.given += 1
+            yield frame
+
+    def _play(self) -> Iterator[SourceFrame]:
         if self.fit == "video" and self.length == "silence":
             for frame in self.reader:
                 self.pts.append(frame.pts)
@@ -85,6 +92,7 @@ class BouncingReader:
         if late:
             end = late[-1].pts + late[-1].duration_pts - self.pts[0]
             if ends_together(end, time_base, self.speech_samples):
+                self.pts.extend(frame.pts for frame in late)
                 yield from late
             return
         count = self.source_frames = len(self.pts)

@@ -176,9 +176,9 @@ def blend_box(
     """Blend rgb [h, w, 3] into the frame's own planes at origin (x, y), stored orientation, in place.
 
     alpha [h, w] in 0..1; rgb in 0..255 at every bit depth. A luma sample changes where alpha > 0, a chroma sample
-    where all of its pixels have alpha > 0, so no pixel with alpha 0 changes in any plane. `reference` [h, w, 3] is what the same box looks like
-    in RGB now: the planes move by the difference, so the rounding of the conversion cancels and a patch equal to
-    the reference changes nothing.
+    where all of its pixels have alpha > 0, so no pixel with alpha 0 changes in any plane. `reference` [h, w, 3] is
+    what the same box looks like in RGB now: the planes move by the difference, so the rounding of the conversion
+    cancels and a patch equal to the reference changes nothing.
     """
     shift_x, shift_y = CHROMA_SHIFT[frame.format.name]
     step_x, step_y = 1 << shift_x, 1 << shift_y

@@ -115,8 +115,7 @@ def examine(path: str, need: Need) -> Probed:
         video = picture_stream(container)
         assert video is not None
         base = Fraction(video.time_base or Fraction(1, 90_000))
-        rate = Fraction(video.average_rate or video.guessed_rate or 25)
-        pts, last = _times(container, video, max(round(1 / (rate * base)), 1))
+        pts, last = frame_times(container, video)
     if not pts:
         raise MediaError(path, "its video stream has no readable frame", "copy or download it again")
     span = (pts[-1] - pts[0]) * base
@@ -143,8 +142,10 @@ def _try(path: str, container: av.container.InputContainer, stream: Any, frames:
         raise MediaError(path, f"its {kind} stream has no readable frame", "copy or download it again")
 
 
-def _times(container: av.container.InputContainer, stream: Any, step: int) -> tuple[array[int], int]:
+def frame_times(container: av.container.InputContainer, stream: Any) -> tuple[array[int], int]:
     """Times of the frames that a decoder gives out, in order, and the duration of the last one."""
+    base = Fraction(stream.time_base or Fraction(1, 90_000))
+    step = max(round(1 / (Fraction(stream.average_rate or stream.guessed_rate or 25) * base)), 1)
     stamps: list[tuple[int, int]] = []
     begun = False
     packets = container.demux(stream)
