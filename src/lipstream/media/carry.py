@@ -44,7 +44,8 @@ class Carried:
             picture = picture_stream(container)
             replaced = sound_stream(path, container) if container.streams.audio else None
             for stream in container.streams:
-                if stream is picture or stream is replaced:
+                # MP4 keeps chapters in a stream of their own too.
+                if stream is picture or stream is replaced or (stream.type == "data" and container.chapters()):
                     continue
                 if self._holds(stream, container, muxer):
                     target = output.add_stream_from_template(stream)

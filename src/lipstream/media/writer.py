@@ -1,8 +1,7 @@
 """Write the result: same size, timestamps, colours and rotation as the source, the speech at its own quality.
 
-The file appears under its name only when it is complete; until then it has a temporary name in the same folder,
-which is removed on any failure. Before it gets its name it is read back: frames and times must be those written. Sound
-ends with the picture.
+The file appears under its name only when it is complete (see `atomic`). Before, it is read back: frames and times must
+be those written. Sound ends with the picture.
 
     >>> with VideoWriter("out.mp4", like=reader, audio="speech.wav") as writer:
     ...     for frame in reader:
@@ -14,7 +13,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -25,6 +23,7 @@ from typing import TypeAlias
 import av
 from av.video.stream import VideoStream
 
+from lipstream.media.atomic import AtomicFile
 from lipstream.media.carry import Carried
 from lipstream.media.encoder import Quality, encoder_for
 from lipstream.media.opening import MediaError, open_media, picture_stream, seconds
@@ -85,7 +84,10 @@ class VideoWriter:
         self._held: VideoPacket | None = None
         self._first_dts: int | None = None
         self._closed = False
-        self._temporary = self._reserve()
+        try:
+            self._file = AtomicFile(self.path)
+        except OSError as error:
+            raise self._failure(error) from error
         try:
             self._container = self._open()
             self._video = self._add_video(encoder_for(like.pix_fmt, quality, crf, preset, like.hdr), threads)
@@ -150,9 +152,7 @@ class VideoWriter:
             self._mux_sides(self._end, last=True)
             self._container.close()
             self._check()
-            with open(self._temporary, "rb+") as stream:
-                os.fsync(stream.fileno())
-            os.replace(self._temporary, self.path)
+            self._file.commit()
         except (av.FFmpegError, OSError) as error:
             self.abort()
             raise self._failure(error) from error
@@ -172,25 +172,11 @@ class VideoWriter:
                 container.close()
         for side in getattr(self, "_feeds", []):
             side.close()
-        with suppress(OSError):
-            os.unlink(self._temporary)
-
-    def _reserve(self) -> str:
-        """An empty file with a temporary name beside the result."""
-        folder = self.path.parent
-        try:
-            handle, name = tempfile.mkstemp(prefix=f".{self.path.stem}.", suffix=".part", dir=folder)
-            os.close(handle)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
-        except OSError as error:
-            raise self._failure(error) from error
-        return name
+        self._file.discard()
 
     def _open(self) -> av.container.OutputContainer:
         options = {} if self._muxer == "matroska" else {"movflags": "faststart"}
-        return av.open(f"file:{os.path.abspath(self._temporary)}", "w", format=self._muxer, options=options)
+        return av.open(f"file:{os.path.abspath(self._file.name)}", "w", format=self._muxer, options=options)
 
     def _add_video(self, encoder: tuple[str, dict[str, str]], threads: int) -> av.VideoStream:
         like = self._like
@@ -254,7 +240,7 @@ class VideoWriter:
 
     def _check(self) -> None:
         """Read the finished file's times back: they must be those written."""
-        with open_media(self._temporary, need="video") as container:
+        with open_media(self._file.name, need="video") as container:
             stream = picture_stream(container)
             assert stream is not None  # open_media made sure
             pts, _ = frame_times(container, stream)
