@@ -235,7 +235,7 @@ class Painter:
     def __init__(self, leak: bool = False) -> None:
         self.leak = leak
 
-    def stream(self, video: Path, audio: Path) -> Iterator[Done]:
+    def stream(self, video: Path, audio: Path, *, options: SyncOptions | None = None) -> Iterator[Done]:
         for frame in BouncingReader(VideoReader(video), count_speech_samples(audio)):
             rgb = np.full((16, 20, 3), 200, np.uint8)
             patch = Patch((10, 10, 30, 26), rgb, np.full((16, 20), 255, np.uint8))
