@@ -25,7 +25,7 @@ from lipstream.options import SyncOptions
 from lipstream.pipeline import LipSync
 
 # Where cases live; append a module to add some.
-MODULES = ["lipstream.evaluation.torture_media"]
+MODULES = ["lipstream.evaluation.torture_media", "lipstream.evaluation.torture_hostile"]
 
 
 class Broken(Exception):  # noqa: N818 - what happens to a promise
