@@ -264,7 +264,7 @@ class LipSync:
         self, run: _Run, progress: Callable[[Progress], None] | None, clock: _Clock
     ) -> Generator[SyncedFrame, None, None]:
         source, total = run.source, run.plan.frames
-        ahead_frames = min(max(_AHEAD_BYTES // source.reader.frame_bytes, 2), _AHEAD)
+        ahead_frames = queue_frames(source.reader)
         observer = self.engine.observer()
         rows = self.engine.rows(run.speech.read)
         session = self.engine.session(source.reader.time_base, rows, self.seed)
@@ -297,6 +297,11 @@ class LipSync:
                     progress(_progress(done, total, clock.started))
                 yield frame
         run.plan.check(source.reader.path, source.pts, source.given, done)
+
+
+def queue_frames(reader: VideoReader) -> int:
+    """How many frames may wait between two stages: few large ones."""
+    return min(max(_AHEAD_BYTES // reader.frame_bytes, 2), _AHEAD)
 
 
 def _folder_of(model: PathLike) -> Path:
