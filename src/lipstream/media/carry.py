@@ -94,9 +94,10 @@ class Carried:
                 time = seconds(packet.pts, packet.time_base) - start
                 index = packet.stream_index
                 if index in self._wrapped:
-                    packet = _wrap(packet, self._wrapped[index])
-                    if packet is None:
+                    wrapped = _wrap(packet, self._wrapped[index])
+                    if wrapped is None:
                         continue
+                    packet = wrapped
                 packet.stream = self._targets[index]
                 yield packet, time
 
