@@ -217,7 +217,12 @@ def _times(bench: Bench) -> str:
 def started(bench: Bench, *options: str) -> subprocess.Popen[str]:
     """A run that is busy writing."""
     arguments = [*COMMAND, str(bench.clip), str(bench.speech), "-o", str(bench.folder / "out.mp4"), *options]
-    run = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A shell starts its background jobs deaf to Ctrl-C, and children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert run.stderr is not None
     run.stderr.readline()  # the promise: work starts now
     time.sleep(1)
