@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lipstream.checkpoints.encoders import save_prompt_embedding
-from lipstream.checkpoints.keys_wav2vec2 import public_name
+from lipstream.checkpoints.keys_wav2vec2 import PUBLIC
 from lipstream.models.dit import FLAVOURS, DiT, DiTConfig
 from lipstream.models.tae import TAE, TAE_FLAVOURS
 from lipstream.models.text import PROMPT, PromptEmbedding
@@ -57,7 +57,7 @@ def write_official_folder(folder: Path, flavour: str = "test", seed: int = 0) ->
     torch.save(random_weights(TAE(TAE_FLAVOURS[size])).half().state_dict(), folder / "taew2_1.pth")
     speech = SpeechFeatures(SPEECH[size])
     (folder / "wav2vec2-base-960h").mkdir(exist_ok=True)
-    tensors = {public_name(name): t.contiguous() for name, t in speech.network.state_dict().items()}
+    tensors = {str(PUBLIC.to_foreign(name)): t.contiguous() for name, t in speech.state_dict().items()}
     save_file(tensors, folder / "wav2vec2-base-960h" / "model.safetensors")
     (folder / "wav2vec2-base-960h" / "config.json").write_text(json.dumps(hub_config(SPEECH[size])))
     rows = torch.randn(5, config.text_dim).to(torch.bfloat16)

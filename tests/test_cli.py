@@ -32,7 +32,7 @@ from lipstream.pipeline import Progress, SyncReport
 FLAGS = {
     "sync": {
         "--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose",
-        "--device", "--dtype", "--decoder", "--mask", "--memory",
+        "--device", "--dtype", "--decoder", "--mask", "--memory", "--speech-lookahead", "--parity",
         "--length", "--fit", "--audio-delay", "--audio-track", "--quality",
     },
     "demo": {"--output", "--model", "--seed", "--threads", "--verbose"},
@@ -48,6 +48,11 @@ FLAGS = {
         "--force",
         "--verbose",
     },
+    "analyze": {
+        "--model", "--samples", "--output", "--only", "--limit", "--scale", "--steps", "--landings-every", "--codec",
+        "--speech", "--syncnet", "--seed", "--threads", "--verbose",
+    },
+    "ablate": {"--output", "--seeds", "--list", "--workers", "--config", "--verbose"},
     "bench": {
         "--model", "--device", "--dtype", "--size", "--chunks", "--starts", "--layers", "--threads", "--attention",
         "--compile", "--join-clean", "--json", "--verbose",

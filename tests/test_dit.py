@@ -16,6 +16,7 @@ from golden_model import (
     random_model,
     vectors,
 )
+from lipstream.checkpoints.keys_dit import AUDIO_PREFIXES, DIFFUSERS
 from lipstream.models.attention import attention
 from lipstream.models.dit import FLAVOURS, Conditions, DiT, DiTConfig, chunk_causal_frame_mask, window_frame_positions
 from lipstream.models.rope import split_axes
@@ -29,6 +30,30 @@ def test_bidirectional_golden(run: int) -> None:
     got = model.predict(data["in.x_t"], data[f"in.run{run}.t"], golden_conditions(data, model))
     assert_close(got.velocity, data[f"out.run{run}.velocity"], 2e-5)
     assert_close(got.x0, data[f"out.run{run}.x0"], 2e-5)
+
+
+def test_parity_with_diffusers_on_random_weights() -> None:
+    """The bidirectional network without its audio, against `WanTransformer3DModel`: goal 1e-4 in float32."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, in_channels=65, out_channels=16, text_dim=64, freq_dim=256,
+        ffn_dim=128, num_layers=2,
+    ).eval().requires_grad_(False)  # fmt: skip
+    for name, parameter in theirs.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    config = DiTConfig(dim=256, ffn_dim=128, num_heads=2, num_layers=2, text_dim=64, audio_dim=8, audio_blocks=(0, 0))
+    ours = random_model(config)
+    state = {str(DIFFUSERS.to_ours(key)): value for key, value in theirs.state_dict().items()}
+    state |= {name: torch.zeros_like(x) for name, x in ours.state_dict().items() if name.startswith(AUDIO_PREFIXES)}
+    ours.load_state_dict(state, strict=True)
+    x, conditions = torch.randn(1, 16, 3, 8, 12), random_conditions(config, 1, 3, 8, 12)
+    parts = (x, conditions.reference, conditions.mask, conditions.masked_video, conditions.ref_sequence)
+    joined = torch.cat([part.expand(-1, -1, 3, -1, -1) for part in parts], dim=1)  # type: ignore[union-attr]
+    expected = theirs(joined, torch.tensor([250.0]), conditions.text, return_dict=False)[0]
+    got = ours.predict(x, torch.tensor([0.25], dtype=torch.float64), conditions).velocity
+    assert expected.std() > 0.1 and (got - expected).abs().max() <= 1e-4
 
 
 def test_null_audio_golden_and_none_is_silence() -> None:

@@ -13,7 +13,7 @@ from lipstream.faces.detect import FaceDetector, anchor_centres, search_tiles, w
 from lipstream.faces.mesh import FaceMesh, Region, region_from_landmarks
 from lipstream.faces.track import FaceTracker
 
-CLIP = Path("/work/shared/clips/video/hdtf_katiehill.mp4")
+CLIP = Path(__file__).parents[2] / "shared/clips/video/hdtf_katiehill.mp4"
 needs_clip = pytest.mark.skipif(not CLIP.exists(), reason=f"{CLIP} is not on this machine")
 # MediaPipe 0.10.21 FaceMesh(refine_landmarks=False) on frame 10 of that clip: landmark -> x, y in pixels.
 MEDIAPIPE = {

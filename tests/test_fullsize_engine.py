@@ -12,13 +12,12 @@ import torch
 from lipstream.checkpoints.artefacts import default_folder
 from lipstream.checkpoints.convert import convert
 from lipstream.checkpoints.encoders import load_prompt_embedding
-from lipstream.fullsize_engine import FileRows
+from lipstream.fullsize_speech import WindowedRows
 from lipstream.media.reader import VideoReader
 from lipstream.memory import MemoryNeed
 from lipstream.pipeline import LipSync
 from lipstream.session import SyncedFrame
 from official_files import write_official_folder
-from wav2vec_networks import random_features
 
 DEMO = Path(str(resources.files("lipstream"))) / "assets" / "demo"
 
@@ -64,17 +63,35 @@ def test_a_video_goes_through_at_full_size(streamed: list[SyncedFrame]) -> None:
         assert not changed.any()  # ... and nothing but a mouth
 
 
-def test_a_converted_student_writes_the_same_to_a_file(
+def test_a_converted_model_writes_the_same_to_a_file(
     folder: Path, short: Path, tmp_path: Path, streamed: list[SyncedFrame]
 ) -> None:
-    convert([folder / "lipforcing_1.3b.pth"], tmp_path / "model" / "student", kind="student")
-    for name in ("Wan2.1_VAE.pth", "taew2_1.pth", "wav2vec2-base-960h", "prompt.safetensors"):
-        (tmp_path / "model" / name).symlink_to(folder / name)
+    parts = {"student": "lipforcing_1.3b.pth", "wan-vae": "Wan2.1_VAE.pth", "tae": "taew2_1.pth"}
+    for kind, name in (parts | {"wav2vec2": "wav2vec2-base-960h"}).items():
+        convert([folder / name], tmp_path / "model" / kind)
+    (tmp_path / "model" / "prompt.safetensors").symlink_to(folder / "prompt.safetensors")
     report = load(tmp_path / "model")(DEMO / "clip.mp4", short, tmp_path / "out.mp4")
     result = list(VideoReader(tmp_path / "out.mp4"))
     assert report.frames == report.synced_frames == len(result) == 11
     for one, two in zip(streamed, result, strict=True):
         assert np.abs(one.frame.image.astype(int) - two.image).mean() < 3  # the encoder's loss
+
+
+def test_speech_is_heard_through_a_window(folder: Path, short: Path, streamed: list[SyncedFrame]) -> None:
+    lipsync = load(folder, speech_lookahead=0.1)
+    assert lipsync.engine.window.lookahead_rows == 3  # type: ignore[attr-defined]
+    assert isinstance(lipsync.engine.rows(lambda count: np.zeros(0, np.float32)), WindowedRows)
+    live = list(lipsync.stream(DEMO / "clip.mp4", short))
+    assert [frame.pts for frame in live] == [frame.pts for frame in streamed] and all(frame.synced for frame in live)
+    with pytest.raises(ValueError, match="look-ahead must be"):
+        load(folder, speech_lookahead=-1.0)
+
+
+def test_two_forms_of_one_part_are_not_chosen_from(folder: Path, tmp_path: Path) -> None:
+    linked(folder, tmp_path)
+    convert([folder / "taew2_1.pth"], tmp_path / "tae")
+    with pytest.raises(ValueError, match=r"2 of the kind tae in it, tae and taew2_1\.pth"):
+        load(tmp_path)
 
 
 def test_the_wan_decoder_is_another_choice(folder: Path) -> None:
@@ -137,7 +154,7 @@ def test_the_text_encoder_is_weighed_in_main_memory_only(
         "lipstream.fullsize_engine._Files.embedding", lambda self: load_prompt_embedding(folder / "prompt.safetensors")
     )
     load(tmp_path, on_memory=told.append)
-    assert len(told) == 1 and told[0].text_encoder == 0 and told[0].speech > 0
+    assert len(told) == 1 and told[0].speech > 0
 
 
 def test_only_a_student_is_taken(folder: Path, tmp_path: Path) -> None:
@@ -157,19 +174,11 @@ def test_a_missing_file_is_named(folder: Path, missing: str, tmp_path: Path) -> 
 
 
 def test_options_of_full_size_models_are_refused_by_the_small_one() -> None:
-    with pytest.raises(ValueError, match="mask"):
-        LipSync.from_pretrained("pocket", mask="built-in")
+    for option in ({"mask": "built-in"}, {"speech_lookahead": 0.0}, {"parity": True}, {"device": "cuda"}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            LipSync.from_pretrained("pocket", **option)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="lipstream pull"):
         LipSync.from_pretrained("lipforcing-14b")
-
-
-def test_rows_of_a_file_are_the_offline_ones_and_the_last_one_is_held() -> None:
-    features, samples = random_features(), torch.randn(1, 10_000) * 0.1
-    parts = iter([samples[0, :4_000].numpy(), samples[0, 4_000:].numpy(), np.zeros(0, np.float32)])
-    rows = FileRows(features, lambda count: next(parts))
-    expected = features(samples, 16)[0]
-    torch.testing.assert_close(rows(0, 9), expected[:9])
-    torch.testing.assert_close(rows(9, 21), torch.cat([expected[9:], expected[-1:].expand(5, -1)]))
 
 
 def test_pulled_files_are_looked_for_where_pull_puts_them(

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lipstream.checkpoints.keys_tae import trim_grown_channels
+from lipstream.checkpoints.keys_codecs import trim_grown_channels
+from lipstream.checkpoints.sources import from_tensors
+from lipstream.checkpoints.strict import specs_of
 from lipstream.models.tae import TAE, TAE_FLAVOURS, Form, TAEConfig, run_parallel
 from video_codecs import case, check_rollback, fill, flops, streamed, wave, weights
 
@@ -32,9 +34,16 @@ def _tae() -> TAE:
     return made_tae()
 
 
+def trimmed(tensors: dict[str, Tensor], tae: TAE) -> dict[str, Tensor]:
+    source = trim_grown_channels(from_tensors(tensors, "test"), specs_of(tae))
+    read = {name: source.read(name) for name in source.specs}
+    assert all(source.specs[name].shape == tensor.shape for name, tensor in read.items())
+    return read
+
+
 def golden_tae(data: dict[str, Tensor]) -> TAE:
     tae = TAE(GOLDEN)
-    tae.load_state_dict(trim_grown_channels(weights(data), tae), strict=True)
+    tae.load_state_dict(trimmed(weights(data), tae), strict=True)
     return tae.requires_grad_(False)
 
 
@@ -237,7 +246,7 @@ def test_official_names_are_the_golden_ones() -> None:
     data = case("taehv")
     with torch.device("meta"):
         official, small = TAE(TAE_FLAVOURS["official"]), TAE(GOLDEN)
-    golden = trim_grown_channels(weights(data), small)
+    golden = trimmed(weights(data), small)
     assert {k: t.shape for k, t in small.state_dict().items()} == {k: t.shape for k, t in golden.items()}
     assert official.state_dict().keys() == golden.keys()
 
@@ -247,10 +256,10 @@ def test_only_surplus_output_channels_are_trimmed(tae: TAE) -> None:
     key = "decoder.13.conv.weight"
     needed = state[key]
     larger = state | {key: torch.cat([needed + 1, needed])}
-    assert torch.equal(trim_grown_channels(larger, tae)[key], needed)
-    assert trim_grown_channels(state, tae).keys() == state.keys()
+    assert torch.equal(trimmed(larger, tae)[key], needed)
+    assert trimmed(state, tae).keys() == state.keys()
     odd = state | {key: torch.cat([needed, needed[:1]]), "decoder.1.weight": torch.cat([state["decoder.1.weight"]] * 2)}
-    kept = trim_grown_channels(odd, tae)  # the strict loader's business
+    kept = trimmed(odd, tae)  # the strict loader's business
     assert kept[key].shape[0] == needed.shape[0] + 1 and kept["decoder.1.weight"] is odd["decoder.1.weight"]
 
 

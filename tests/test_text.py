@@ -21,7 +21,7 @@ from lipstream.checkpoints.encoders import (
     load_prompt_tokenizer,
     save_prompt_embedding,
 )
-from lipstream.checkpoints.keys_umt5 import UMT5_TIED, umt5_names
+from lipstream.checkpoints.keys_umt5 import FORMATS, TIED, WAN
 from lipstream.models.dit_config import FLAVOURS as DITS
 from lipstream.models.text import (
     FLAVOURS,
@@ -148,14 +148,16 @@ def test_rows_behind_the_prompt_are_exact_zeros_and_the_negative_prompt_is_not(f
 def test_key_map_is_a_bijection_of_the_official_size() -> None:
     pytest.importorskip("transformers")
     with torch.device("meta"):
-        state = PromptEncoder(FLAVOURS["official"]).network.state_dict()
-    names = umt5_names(24)
-    assert len(names) == 242 and len(set(names.values())) == 242
-    assert set(names.values()) == state.keys() - UMT5_TIED.keys()
-    numbers = sum(state[name].numel() for name in names.values())
+        state = PromptEncoder(FLAVOURS["official"]).state_dict()
+    names = state.keys() - TIED.keys()
+    assert len(names) == 242
+    for key_map in FORMATS:
+        keys = {str(key_map.to_foreign(name)) for name in names}
+        assert len(keys) == 242 and {key_map.to_ours(key) for key in keys} == names
+    numbers = sum(state[name].numel() for name in names)
     assert numbers == 5_680_910_336
     assert 0 < OFFICIAL_FILE_BYTES - 2 * numbers < 512 * 242  # bf16 and what a .pth adds to each tensor
-    assert official_tensors().keys() == umt5_names(TEST.layers).keys()
+    assert all(WAN.to_ours(key) for key in official_tensors())
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
@@ -165,15 +167,15 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         load_prompt_encoder(path, TEST)
     renamed = {("blocks.0.attn.x.weight" if k == "blocks.0.attn.q.weight" else k): v for k, v in tensors.items()}
     for stored, text in (
-        (renamed, r"missing encoder.block.0.layer.0.SelfAttention.q.weight; unknown blocks.0.attn.x.weight"),
+        (renamed, r"1 missing: \S+block.0.layer.0.SelfAttention.q.weight; 1 unknown: blocks.0.attn.x.weight"),
         (tensors | {"norm.weight": torch.zeros(3)}, r"final_layer_norm.weight is \[3\], the network needs \[16\]"),
-        ([1, 2], "no dictionary of tensors"),
+        ([1, 2], "holds no named tensors"),
     ):
         torch.save(stored, path)
         with pytest.raises(ValueError, match=text):
             load_prompt_encoder(path, TEST)
     torch.save({"norm.weight": path}, path)  # a pickle that would have to run code
-    with pytest.raises(ValueError, match="not a readable weights file"):
+    with pytest.raises(ValueError, match="it holds more than tensors"):
         load_prompt_encoder(path, TEST)
 
 

@@ -147,6 +147,18 @@ def test_any_chunking_equals_one_shot(cuts: list[int], head: int) -> None:
     assert torch.equal(decoded, vae.decode(latents))
 
 
+def test_the_products_chunks_equal_one_shot(vae: WanVAE) -> None:
+    """A whole chunk a pass, as the full-size engine sets it: still bit for bit, with the same passes."""
+    vae.encode_latent_frames = 3
+    video, passes = wave(1, 3, 33, 16, 8), []
+    vae.encoder.register_forward_hook(lambda module, inputs, output: passes.append(inputs[0].shape[2]))
+    stream = vae.stream_view(1)
+    assert torch.equal(streamed(stream.encode, video, [9, 12, 12]), vae.encode(video))
+    assert passes == [9, 12, 12] * 2
+    single = vae.encode(video, 1)
+    torch.testing.assert_close(vae.encode(video), single, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_larger_passes_are_the_same_up_to_rounding(vae: WanVAE, count: int) -> None:
     video, latents = wave(1, 3, 17, 16, 8), wave(1, 16, 5, 2, 1, phase=1)

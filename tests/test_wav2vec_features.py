@@ -14,7 +14,7 @@ from torch import Tensor
 
 from golden_model import vectors
 from lipstream.checkpoints.encoders import load_speech_features
-from lipstream.checkpoints.keys_wav2vec2 import network_name, public_name, wav2vec2_names
+from lipstream.checkpoints.keys_wav2vec2 import FORMATS, PUBLIC, RECOGNISER_HEAD
 from lipstream.models import extras, wav2vec_features
 from lipstream.models.wav2vec_features import (
     FLAVOURS,
@@ -139,37 +139,40 @@ def test_folder_loads_in_the_public_and_in_the_present_naming(tmp_path: Path, mo
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     weights = golden_weights()
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
         load_speech_features(tmp_path)
     norm = "encoder.layer_norm.bias"
     missing = {key: value for key, value in weights.items() if key != norm}
     changed = {"an unknown tensor": weights | {"project_hid.bias": torch.zeros(3)}, "a missing one": missing}
     changed["another shape"] = weights | {norm: torch.zeros(31)}
-    texts = {"an unknown tensor": "unknown project_hid.bias", "a missing one": f"missing {norm}"}
+    texts = {"an unknown tensor": "1 unknown: project_hid.bias", "a missing one": f"1 missing: network.{norm}"}
     texts["another shape"] = r"is \[31\], the network needs \[32\]"
     for what, tensors in changed.items():
         with pytest.raises(ValueError, match=texts[what]):
             load_speech_features(write_folder(tmp_path / what, tensors))
     with pytest.raises(ValueError, match="wav2vec2-base family"):
         load_speech_features(write_folder(tmp_path / "large", weights, feat_extract_norm="layer"))
-    with pytest.raises(ValueError, match="are both"):
-        wav2vec2_names(["wav2vec2.masked_spec_embed", "masked_spec_embed"])
+    twice = weights | {"wav2vec2.masked_spec_embed": weights["masked_spec_embed"].clone()}
+    with pytest.raises(ValueError, match="1 unknown: wav2vec2"):
+        load_speech_features(write_folder(tmp_path / "twice", twice))
     damaged = write_folder(tmp_path / "damaged", weights)
     (damaged / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="not a readable safetensors"):
         load_speech_features(damaged)
-    (damaged / "config.json").write_text("{")
+    puzzling = write_folder(tmp_path / "puzzling", weights)
+    (puzzling / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not readable JSON"):
-        load_speech_features(damaged)
+        load_speech_features(puzzling)
 
 
 def test_key_map_is_a_bijection_of_the_official_size() -> None:
     with torch.device("meta"):
         features = SpeechFeatures(FLAVOURS["official"])
-    state = features.network.state_dict()
-    public = [public_name(name) for name in state]
-    assert len(set(public)) == len(state) and [network_name(key) for key in public] == list(state)
-    assert wav2vec2_names([*public, "lm_head.weight"]) == dict(zip(public, state, strict=True))
+    state = features.state_dict()
+    for key_map in FORMATS:
+        keys = [str(key_map.to_foreign(name)) for name in state]
+        assert len(set(keys)) == len(state) and [key_map.to_ours(key) for key in keys] == list(state)
+    assert PUBLIC.to_ours("lm_head.weight") is None and "lm_head.weight" in RECOGNISER_HEAD
     numbers = sum(tensor.numel() for tensor in state.values()) + RECOGNISER_HEAD_NUMBERS
     header_bytes = PUBLIC_FILE_BYTES - 4 * numbers
     assert 0 < header_bytes < 32_768  # the published file holds exactly these numbers in float32

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from golden_model import vectors
-from lipstream.checkpoints.keys_wav2vec2 import wav2vec2_names
+from lipstream.checkpoints.keys import best_map
+from lipstream.checkpoints.keys_wav2vec2 import FORMATS
 from lipstream.models.wav2vec_features import FLAVOURS, Attention, SpeechFeatures
 
 
@@ -18,7 +19,8 @@ def golden_weights() -> dict[str, Tensor]:
 def golden_features(attention: Attention = "sdpa") -> SpeechFeatures:
     features = SpeechFeatures(FLAVOURS["test"], attention).requires_grad_(False)
     weights = golden_weights()
-    features.network.load_state_dict({ours: weights[key] for key, ours in wav2vec2_names(weights).items()})
+    names = best_map(FORMATS, weights).rename(weights)
+    features.load_state_dict({ours: weights[key] for ours, key in names.items()})
     return features
 
 

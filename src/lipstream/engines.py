@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lipstream.media.reader import SourceFrame
+from lipstream.media.bounce import BouncingReader
+from lipstream.media.reader import SourceFrame, VideoReader
+from lipstream.media.timeline import Fit, Length
 from lipstream.mouth import MouthModel
 from lipstream.session import Observed, Observer, Session, SpeechRows, TakeSession
 
@@ -37,8 +39,12 @@ class Observes(Protocol):
 class Engine(Protocol):
     """A loaded model."""
 
-    def observer(self) -> Observes:
-        """Looks at the frames of one run."""
+    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
+        """The source's frames of one run, cut or filled to the speech; see `timeline.FILLS`."""
+        ...
+
+    def observer(self, name: str = "the video") -> Observes:
+        """Looks at the frames of one run; ``name`` is the video's, for messages."""
         ...
 
     def rows(self, read: ReadSpeech) -> Rows:
@@ -56,7 +62,11 @@ class CanvasEngine:
     def __init__(self, model: MouthModel) -> None:
         self.model = model
 
-    def observer(self) -> Observer:
+    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
+        """See :class:`Engine`."""
+        return BouncingReader(reader, speech_samples, length=length, fit=fit)
+
+    def observer(self, name: str = "the video") -> Observer:
         """See :class:`Engine`."""
         return Observer(self.model.canvas)
 

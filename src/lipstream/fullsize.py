@@ -201,13 +201,16 @@ class FullSizeTake:
         Raises:
             ValueError: wrong number or size of crops, wrong number of rows.
         """
+        levels = (self.pictures(crops, speech) * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+        return list(rearrange(levels, "f c h w -> f h w c").cpu().numpy())
+
+    def pictures(self, crops: Sequence[NDArray[np.uint8]], speech: Tensor) -> Tensor:
+        """:meth:`step` without rounding: [F, 3, size, size] in 0..1, float32, on the decoder's device."""
         if len(crops) != self.next_pixel_frames or len(speech) != len(crops):
             raise ValueError(
                 f"a step takes {self.next_pixel_frames} crops and rows, got {len(crops)} crops, {len(speech)} rows"
             )
-        frames = self.decode(self.generate(self.encode(crops), speech))
-        levels = (frames * 255 + 0.5).clamp(0, 255).to(torch.uint8)
-        return list(rearrange(levels, "f c h w -> f h w c").cpu().numpy())
+        return self.decode(self.generate(self.encode(crops), speech))
 
     @torch.inference_mode()
     def encode(self, crops: Sequence[NDArray[np.uint8]]) -> SourceLatents:

@@ -4,50 +4,53 @@
     lipsync = LipSync.from_pretrained("lipforcing-14b", device="cuda")
     lipsync("talk.mp4", "speech.wav", "out.mp4")                     # the same stages as for the small model
 
-A folder holds the student (a file of `STUDENT_FILES`, or a model folder `student/` made by `lipstream convert`), the
-codecs, the speech network and the prompt: its embedding, or the text encoder that makes it once. Files are mapped, not
-read, until a network needs them; the preflight comes before all of that.
+A folder holds the student, the codecs, the speech network and the prompt: its embedding, or the text encoder that makes
+it once. Each network is the official file, or what `lipstream convert` made of it in a folder of its kind's name
+(`student/`, `wan-vae/`, `tae/`, `wav2vec2/`, `umt5/`). Files are mapped, not read, until a network needs them; the
+preflight comes before all of that.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from lipstream.checkpoints.convert import Assembled, assemble
 from lipstream.checkpoints.encoders import (
     load_prompt_embedding,
     load_prompt_encoder,
     load_prompt_tokenizer,
-    load_speech_features,
     save_prompt_embedding,
 )
-from lipstream.checkpoints.hub import read_folder_config
 from lipstream.devices import free_bytes, usable_device
-from lipstream.engines import ReadSpeech, Rows
+from lipstream.diffusion.lengths import CHUNK_LATENT_FRAMES
+from lipstream.engines import Observes, ReadSpeech, Rows
 from lipstream.faces.crop import CropCompositor
 from lipstream.faces.mouth_mask import MouthMask, mouth_mask
-from lipstream.fullsize import FullSizeModel, VideoDecoder, VideoEncoder
+from lipstream.fullsize import FullSizeModel, VideoDecoder
 from lipstream.fullsize_session import CropObserver, CropSession
+from lipstream.fullsize_speech import FileRows, WindowedRows
+from lipstream.media.bounce import BouncingReader
+from lipstream.media.reader import VideoReader
+from lipstream.media.timeline import Fit, Length
 from lipstream.memory import MemoryNeed, MemoryRequest, check_memory, memory_need
-from lipstream.models.audio import SAMPLES_PER_ROW
+from lipstream.models.dit import DiT
 from lipstream.models.dit_config import DiTConfig
 from lipstream.models.text import PROMPT, PromptEmbedding
+from lipstream.models.wan_vae import WanVAE
 from lipstream.models.wav2vec_features import SpeechFeatures
+from lipstream.models.wav2vec_windowed import WindowConfig
+from lipstream.session import TakeSession
 
 log = logging.getLogger(__name__)
 
-STUDENT_FOLDER = "student"
 STUDENT_FILES = ("lipforcing_14b.pth", "lipforcing_1.3b.pth")
 VAE_FILE, TAE_FILE, SPEECH_FOLDER, MASK_FILE = "Wan2.1_VAE.pth", "taew2_1.pth", "wav2vec2-base-960h", "mask.png"
 TEXT_FILE, TOKENIZER_FOLDER, PROMPT_FILE = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl", "prompt.safetensors"
@@ -66,6 +69,8 @@ class FullSizeOptions:
         decoder: "tae" is what the release decodes with, "wan" is slower and a little finer.
         mask: "built-in", a file, or None: the folder's `mask.png`.
         memory_bytes: what may be used; None asks the device.
+        window: hear speech as it comes, only so far ahead; None: the whole file first.
+        parity: load what `fullsize_parity.ParityEngine` needs.
     """
 
     device: str = "cpu"
@@ -73,19 +78,29 @@ class FullSizeOptions:
     decoder: Decoder = "tae"
     mask: str | os.PathLike[str] | None = None
     memory_bytes: int | None = None
+    window: WindowConfig | None = None
+    parity: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parity and self.window is not None:
+            raise ValueError("parity hears the whole speech first, so it has no look-ahead: give only one of the two")
+        if self.parity and self.mask == "built-in":
+            raise ValueError(
+                "parity needs the official mask: leave the mask out (the model's mask.png) or name its file"
+            )
 
 
 class FullSizeEngine:
     """A loaded full-size model; see `lipstream.engines.Engine`."""
 
-    def __init__(self, model: FullSizeModel, features: SpeechFeatures) -> None:
-        self.model, self.features = model, features
+    def __init__(self, model: FullSizeModel, features: SpeechFeatures, window: WindowConfig | None = None) -> None:
+        self.model, self.features, self.window = model, features, window
         self._compositor = CropCompositor(model.mask)
 
     @classmethod
     def load(
         cls, folder: Path, options: FullSizeOptions, on_memory: Callable[[MemoryNeed], None] | None = None
-    ) -> FullSizeEngine:
+    ) -> Self:
         """Check all files and the memory, then load.
 
         Args:
@@ -97,17 +112,19 @@ class FullSizeEngine:
         files = _Files(folder)
         device = usable_device(options.device)
         mask = _mask(files, options)
-        student = files.student()
-        codecs = [assemble([files.need(VAE_FILE)], kind="wan-vae")]
+        student = files.part("student", *STUDENT_FILES)
+        codecs = [files.part("wan-vae", VAE_FILE)]
         if options.decoder == "tae":
-            codecs.append(assemble([files.need(TAE_FILE)], kind="tae"))
-        speech = files.need(SPEECH_FOLDER)
+            codecs.append(files.part("tae", TAE_FILE))
+        speech = files.part("wav2vec2", SPEECH_FOLDER)
         files.check_prompt()
+        encode_latent_frames = 1 if options.parity else CHUNK_LATENT_FRAMES  # a pass; the reference takes one
         request = MemoryRequest(
             config=DiTConfig.from_dict(student.config),
             dtype=options.dtype,
             decoder=options.decoder,
-            speech_bytes=sum(path.stat().st_size for path in speech.glob("*.safetensors")),
+            speech_bytes=sum(path.stat().st_size for path in speech.source.files),
+            encode_latent_frames=encode_latent_frames,
         )
         need = memory_need(request)
         if on_memory is not None:
@@ -119,61 +136,44 @@ class FullSizeEngine:
             check_memory(need, free)
         prompt = files.embedding()
 
-        def placed(network: nn.Module) -> Any:
-            return network.eval().requires_grad_(False).to(device, options.dtype)
+        def placed(found: Assembled, dtype: torch.dtype) -> Any:
+            return found.load().requires_grad_(False).to(device, dtype)
 
-        dit: Any = placed(student.load())
+        dit: DiT = placed(student, options.dtype)
         dit.fuse_projections()
-        encoder: VideoEncoder = placed(codecs[0].load())
-        decoder: VideoDecoder = placed(codecs[1].load()) if len(codecs) > 1 else encoder  # type: ignore[assignment]
-        features = load_speech_features(speech).to(device)
+        encoder: WanVAE = placed(codecs[0], options.dtype)
+        encoder.encode_latent_frames = encode_latent_frames
+        # The reference decodes in float16 what it generated in bfloat16.
+        half = options.parity and options.dtype == torch.bfloat16
+        tae_dtype = torch.float16 if half else options.dtype
+        decoder: VideoDecoder = placed(codecs[1], tae_dtype) if len(codecs) > 1 else encoder
+        features: SpeechFeatures = placed(speech, torch.float32)
+        features.use_attention("eager" if options.parity else "sdpa")
         model = FullSizeModel(dit, encoder, decoder, mask, text=prompt.padded())
         log.info(
             "%s: %.0f M parameters, %s, %s, mask %s, decoder %s, attention %s",
             folder, sum(p.numel() for p in dit.parameters()) / 1e6, device, options.dtype, mask.name, options.decoder,
             dit.backend,
         )  # fmt: skip
-        return cls(model, features)
+        engine = cls(model, features)
+        engine.window = options.window
+        return engine
 
-    def observer(self) -> CropObserver:
+    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
+        """See `Engine`."""
+        return BouncingReader(reader, speech_samples, length=length, fit=fit)
+
+    def observer(self, name: str = "the video") -> Observes:
         """See `Engine`."""
         return CropObserver()
 
-    def session(self, time_base: Fraction, rows: Rows, seed: int) -> CropSession:
+    def session(self, time_base: Fraction, rows: Rows, seed: int) -> TakeSession[Any, Any, Any]:
         """See `Engine`."""
         return CropSession(self.model, self._compositor, time_base, rows, seed)
 
-    def rows(self, read: ReadSpeech) -> FileRows:
-        """See `Engine`; the official features look at the whole file."""
-        return FileRows(self.features, read)
-
-
-class FileRows:
-    """Official feature rows of a whole file, computed when the first ones are asked for.
-
-    They are kept in main memory (43 kB a frame), not on the device. Rows behind the end of the speech, which fill up
-    the last chunk, repeat the last one.
-    """
-
-    def __init__(self, features: SpeechFeatures, read: ReadSpeech) -> None:
-        self._features, self._read = features, read
-        self._rows: Tensor | None = None
-
-    @torch.inference_mode()
-    def __call__(self, start: int, stop: int) -> Tensor:
-        """Rows [stop - start, feature_dim] of model frames."""
-        if self._rows is None:
-            self._rows = self._features(*self._whole())[0].cpu()
-        return self._rows[torch.arange(start, stop).clamp_max(len(self._rows) - 1)]
-
-    def _whole(self) -> tuple[Tensor, int]:
-        """All samples [1, n] and how many rows they give."""
-        parts: list[np.ndarray[Any, Any]] = []
-        while len(block := self._read(60 * 16_000)):
-            parts.append(block)
-        samples = torch.from_numpy(np.concatenate(parts))[None]
-        device = next(self._features.parameters()).device
-        return samples.to(device), math.ceil(samples.shape[1] / SAMPLES_PER_ROW)
+    def rows(self, read: ReadSpeech) -> Rows:
+        """See `Engine`; the official features look at the whole file, windowed ones only so far ahead."""
+        return FileRows(self.features, read) if self.window is None else WindowedRows(self.features, read, self.window)
 
 
 class _Files:
@@ -183,39 +183,39 @@ class _Files:
         self.folder = folder
         self.prompt = folder / PROMPT_FILE
 
-    def need(self, name: str) -> Path:
-        """A file or folder that has to be there."""
-        path = self.folder / name
-        if not path.exists():
-            raise ValueError(f"{path}: no such file; `lipstream pull lipforcing-14b --folder {self.folder}` fetches it")
-        return path
+    def part(self, kind: str, *names: str) -> Assembled:
+        """A network, opened and checked but not loaded: official files, or a folder that has the name of its kind."""
+        there = [path for path in (self.folder / kind, *(self.folder / name for name in names)) if path.exists()]
+        if not there:
+            raise ValueError(
+                f"{self.folder}: no {kind} in it, neither {' nor '.join(names)} nor {kind}/; `lipstream pull "
+                f"lipforcing-14b --folder {self.folder}` fetches the files"
+            )
+        if len(there) > 1:
+            found = " and ".join(path.name for path in there)
+            raise ValueError(f"{self.folder}: {len(there)} of the kind {kind} in it, {found}; keep one of them")
+        return assemble(there, kind=kind)
 
-    def student(self) -> Assembled:
-        """The student, opened and checked but not loaded."""
-        converted = self.folder / STUDENT_FOLDER
-        if converted.is_dir():
-            about = read_folder_config(converted)
-            if about.kind != "student":
-                raise ValueError(f"{converted}: holds a {about.kind}; `sync` runs a student")
-            return assemble([converted], kind=about.kind, config=about.config)
-        found = [self.folder / name for name in STUDENT_FILES if (self.folder / name).exists()]
-        if len(found) != 1:
-            names = ", ".join((f"{STUDENT_FOLDER}/", *STUDENT_FILES))
-            what = "no student" if not found else f"{len(found)} students"
-            raise ValueError(f"{self.folder}: {what} in it; it must hold one of {names}")
-        return assemble(found, kind="student")
+    @property
+    def text(self) -> Path:
+        """The text encoder: Wan's file, or what `convert` made of it."""
+        converted = self.folder / "umt5"
+        return converted if converted.is_dir() else self.folder / TEXT_FILE
 
     def check_prompt(self) -> None:
         """There is an embedding, or all that makes one: files, and main memory, where the text encoder runs."""
         if self.prompt.is_file():
             return
-        if not (self.folder / TEXT_FILE).is_file():
+        if not self.text.exists():
             raise ValueError(
                 f"{self.prompt}: no prompt embedding, and no {TEXT_FILE} to make it with; pull that file once, or copy "
                 "the embedding from a machine that has it"
             )
-        self.need(TOKENIZER_FOLDER)
-        size, free = (self.folder / TEXT_FILE).stat().st_size, free_bytes(torch.device("cpu"))
+        tokenizer = self.folder / TOKENIZER_FOLDER
+        if not tokenizer.is_dir():
+            raise ValueError(f"{tokenizer}: no such folder; `lipstream pull` fetches it")
+        files = self.text.glob("*.safetensors") if self.text.is_dir() else [self.text]
+        size, free = sum(file.stat().st_size for file in files), free_bytes(torch.device("cpu"))
         if free is not None and size > free:
             raise ValueError(
                 f"not enough memory to embed the prompt: {size / 1e9:.1f} GB are needed once, {free / 1e9:.1f} GB are "
@@ -226,9 +226,9 @@ class _Files:
         """The prompt's embedding from its file; the first time, the text encoder makes it and it is kept."""
         if self.prompt.is_file():
             return load_prompt_embedding(self.prompt)
-        tokenizer = load_prompt_tokenizer(self.need(TOKENIZER_FOLDER))
+        tokenizer = load_prompt_tokenizer(self.folder / TOKENIZER_FOLDER)
         log.info("embedding the prompt '%s': once, it is kept in %s", PROMPT, self.prompt)
-        embedding = load_prompt_encoder(self.folder / TEXT_FILE).embed(PROMPT, tokenizer)
+        embedding = load_prompt_encoder(self.text).embed(PROMPT, tokenizer)
         save_prompt_embedding(embedding, self.prompt)
         return embedding
 

@@ -3,7 +3,7 @@
 A pure function of plain numbers; nothing is allocated or measured. With b bytes per number, L layers, D width, S tokens
 per latent frame, P = size x size pixels of the crop:
 
-    weights      = b x parameters of DiT, codecs and, if asked for, text encoder
+    weights      = b x parameters of DiT and codecs (the text encoder runs once, in main memory, before the rest)
     K/V cache    = b x 2 L x (7 S) D          (window of 7 latent frames, sink and own chunk included)
     text K/V     = b x 2 L x 512 D
     codec state  = b x P x (2 x encoder's + decoder's numbers per pixel)        two encode streams, one decode stream
@@ -25,31 +25,33 @@ from typing import Any, Literal
 
 import torch
 
+from lipstream.diffusion.lengths import CHUNK_LATENT_FRAMES
 from lipstream.models.dit_config import DiTConfig
 
 Codec = Literal["wan", "tae"]
 
 MARGIN = 0.05  # for workspace and fragmentation: a choice, not a measurement
-# UMT5-XXL's encoder: bytes of its bfloat16 file (spec section 0.1), all but a few of them weights.
-TEXT_ENCODER_BYTES = 11_361_920_418
-_PARTS = ("weights", "text_encoder", "speech", "kv_cache", "text_kv", "codec_state", "activations")
+_PARTS = ("weights", "speech", "kv_cache", "text_kv", "codec_state", "activations")
 _TOKEN_TENSORS = 20  # alive at once in a block; counted: 18.5 at 1.3b, 13.6 at 14b
 
 
 @dataclass(frozen=True)
 class _CodecSize:
-    """Parameters, and numbers per crop pixel: kept between chunks and alive at the peak of a chunk of 12 frames."""
+    """Parameters, and numbers per crop pixel: kept between chunks and alive at the peak of a chunk of 12 frames.
+
+    The encoder's peak is that of passes of one latent frame and of a whole chunk.
+    """
 
     parameters: int
     encoder_state: int
-    encoder_peak: int
+    encoder_peak: tuple[int, int]
     decoder_state: int
     decoder_peak: int
 
 
 _CODECS: dict[Codec, _CodecSize] = {
-    "wan": _CodecSize(126_892_531, 1404, 3745, 2365, 4317),
-    "tae": _CodecSize(11_315_539, 63, 1608, 84, 1622),
+    "wan": _CodecSize(126_892_531, 1404, (3745, 6762), 2365, 4317),
+    "tae": _CodecSize(11_315_539, 63, (1608, 1608), 84, 1622),
 }
 
 
@@ -60,8 +62,8 @@ class MemoryRequest:
     Attributes:
         dtype: of DiT and codecs.
         size: of the crop, px.
-        text_encoder: whether UMT5 runs here beside the rest; a cached prompt embedding spares it.
         speech_bytes: of the speech network.
+        encode_latent_frames: that the encoder takes a pass: 1 (parity) or a chunk.
         guided: audio guidance runs two branches through the DiT.
         takes: how many streams share the weights.
     """
@@ -71,8 +73,8 @@ class MemoryRequest:
     size: int = 512
     encoder: Codec = "wan"
     decoder: Codec = "tae"
-    text_encoder: bool = False
     speech_bytes: int = 0
+    encode_latent_frames: int = CHUNK_LATENT_FRAMES
     guided: bool = False
     takes: int = 1
 
@@ -83,7 +85,6 @@ class MemoryNeed:
 
     request: MemoryRequest
     weights: int
-    text_encoder: int
     speech: int
     kv_cache: int
     text_kv: int
@@ -136,16 +137,16 @@ def memory_need(request: MemoryRequest) -> MemoryNeed:
     pair = 2 * config.num_layers * config.dim
     pixels = request.size**2
     branches = 2 if request.guided else 1
+    encoder_peak = encoder.encoder_peak[request.encode_latent_frames > 1]
     denoise = branches * _TOKEN_TENSORS * config.chunk_latent_frames * tokens * config.dim
     return MemoryNeed(
         request=request,
         weights=per_number * (dit_parameters(config) + codecs),
-        text_encoder=TEXT_ENCODER_BYTES if request.text_encoder else 0,
         speech=request.speech_bytes,
         kv_cache=per_number * request.takes * pair * config.window_latent_frames * tokens,
         text_kv=per_number * request.takes * pair * config.text_len if config.text_dim else 0,
         codec_state=per_number * request.takes * pixels * (2 * encoder.encoder_state + decoder.decoder_state),
-        activations=per_number * max(denoise, pixels * encoder.encoder_peak, pixels * decoder.decoder_peak),
+        activations=per_number * max(denoise, pixels * encoder_peak, pixels * decoder.decoder_peak),
     )
 
 
@@ -176,10 +177,6 @@ def _with_margin(need: MemoryNeed, margin: float) -> int:
 def _advice(request: MemoryRequest, available: int, margin: float) -> str:
     """The first option that makes it fit; else all of them together; else how far they are from it."""
     options: list[tuple[str, dict[str, Any]]] = []
-    if request.text_encoder:
-        options.append(
-            ("take the prompt's embedding from a file instead of running the text encoder", {"text_encoder": False})
-        )
     if request.dtype.itemsize > 2:
         options.append(("choose dtype bfloat16", {"dtype": torch.bfloat16}))
     if request.decoder != "tae":

@@ -101,7 +101,7 @@ class _Run:
     plan: Plan
 
     @classmethod
-    def of(cls, video: PathLike, audio: PathLike, options: SyncOptions) -> _Run:
+    def of(cls, engine: Engine, video: PathLike, audio: PathLike, options: SyncOptions) -> _Run:
         """Look at both files in a process of its own, then open them here."""
         probed = probe(video, need="video")
         probe(audio, need="audio")
@@ -109,10 +109,11 @@ class _Run:
         samples = count_speech_samples(audio, options.audio_track, options.audio_delay_ms)
         if not samples:
             raise MediaError(audio, "its sound has no samples", "use a file with speech in it, and no larger delay")
+        source = engine.frames(VideoReader(video), samples, length, fit)
         return cls(
-            source=BouncingReader(VideoReader(video), samples, length=length, fit=fit),
+            source=source,
             speech=SpeechReader(audio, options.audio_track, options.audio_delay_ms),
-            plan=Plan.of(probed, samples, length, fit),
+            plan=Plan.of(probed, samples, length, fit, source.frames),
         )
 
 
@@ -127,13 +128,15 @@ class LipSync:
         cls,
         model: PathLike = "pocket",
         *,
-        seed: int = 0,
+        seed: int | None = None,
         threads: int | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
         decoder: str | None = None,
         mask: PathLike | None = None,
         memory_gb: float | None = None,
+        speech_lookahead: float | None = None,
+        parity: bool = False,
         on_memory: Callable[[MemoryNeed], None] | None = None,
     ) -> LipSync:
         """Load a model by name or from a folder.
@@ -141,13 +144,16 @@ class LipSync:
         Args:
             model: "pocket" (inside the package), "lipforcing-14b" (what `lipstream pull` fetched), or a folder with the
                 files of either kind.
-            seed: of all noise; the same seed gives the same video.
+            seed: of all noise; the same seed gives the same video. Default 0, with ``parity`` the official 42.
             threads: CPU threads of the networks; default 1, which leaves the other cores to the other stages.
             device: torch device of a full-size model; default "cpu".
             dtype: default bfloat16 where it is fast, else float32; bfloat16 at full size.
             decoder: of a full-size model, "tae" (default) or "wan".
             mask: of a full-size model, "built-in" or a file; default: the `mask.png` of its folder.
             memory_gb: what a full-size model may use; default: what is free.
+            speech_lookahead: a full-size model hears speech as it comes and only so many seconds ahead (rounded up to
+                0.04 s), an approximation for live use; default: the whole file first.
+            parity: a full-size model runs as the official scripts do, see `lipstream.fullsize_parity`.
             on_memory: told what a full-size model takes, before it is checked and loaded.
 
         Raises:
@@ -156,15 +162,21 @@ class LipSync:
         folder, name = _folder_of(model), str(model)
         torch.set_num_threads(threads or 1)
         if (folder / "codec.safetensors").exists():
-            given = {"device": device not in (None, "cpu"), "decoder": decoder, "mask": mask, "memory_gb": memory_gb}
-            wrong = [option for option, value in given.items() if value]
+            given = {
+                "device": None if device == "cpu" else device, "decoder": decoder, "mask": mask, "memory_gb": memory_gb,
+                "speech_lookahead": speech_lookahead, "parity": parity or None,
+            }  # fmt: skip
+            wrong = [option for option, value in given.items() if value is not None]
             if wrong:
                 raise ValueError(f"model '{name}' has no option {', '.join(wrong)}: it runs on the CPU as it is")
             if dtype is None:
                 dtype = torch.bfloat16 if _fast_bfloat16() else torch.float32
             log.info("model %s from %s, cpu, %s, %d thread(s)", name, folder, dtype, torch.get_num_threads())
-            return cls(CanvasEngine(MouthModel.load(folder, dtype)), name, seed)
+            return cls(CanvasEngine(MouthModel.load(folder, dtype)), name, seed or 0)
+        from lipstream.diffusion.official_noise import OFFICIAL_SEED
         from lipstream.fullsize_engine import DECODERS, FullSizeEngine, FullSizeOptions
+        from lipstream.fullsize_parity import ParityEngine
+        from lipstream.models.wav2vec_windowed import window_of
 
         if memory_gb is not None and not 0 < memory_gb < float("inf"):
             raise ValueError(f"memory must be a positive number of GB, got {memory_gb}")
@@ -176,8 +188,13 @@ class LipSync:
             decoder="wan" if decoder == "wan" else "tae",
             mask=mask,
             memory_bytes=None if memory_gb is None else int(memory_gb * 1e9),
+            window=None if speech_lookahead is None else window_of(speech_lookahead),
+            parity=parity,
         )
-        return cls(FullSizeEngine.load(folder, options, on_memory), name, seed)
+        if seed is None:
+            seed = OFFICIAL_SEED if parity else 0
+        kind = ParityEngine if parity else FullSizeEngine
+        return cls(kind.load(folder, options, on_memory), name, seed)
 
     def __call__(
         self,
@@ -202,7 +219,7 @@ class LipSync:
         """
         options = options or SyncOptions()
         clock = _Clock()
-        run = _Run.of(video, audio, options)
+        run = _Run.of(self.engine, video, audio, options)
         if on_plan is not None:
             on_plan(run.plan)
         frames = synced = 0
@@ -258,14 +275,14 @@ class LipSync:
         progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[SyncedFrame]:
         """Frames of the result as they are made, equal to what :meth:`__call__` writes."""
-        return self._frames(_Run.of(video, audio, options or SyncOptions()), progress, _Clock())
+        return self._frames(_Run.of(self.engine, video, audio, options or SyncOptions()), progress, _Clock())
 
     def _frames(
         self, run: _Run, progress: Callable[[Progress], None] | None, clock: _Clock
     ) -> Generator[SyncedFrame, None, None]:
         source, total = run.source, run.plan.frames
         ahead_frames = queue_frames(source.reader)
-        observer = self.engine.observer()
+        observer = self.engine.observer(source.reader.path)
         rows = self.engine.rows(run.speech.read)
         session = self.engine.session(source.reader.time_base, rows, self.seed)
 

@@ -18,7 +18,14 @@ import torch
 from torch import nn
 
 from lipstream.checkpoints.hashing import FileRecord, Report, no_report, record_file
-from lipstream.checkpoints.hub import MAX_SHARD_BYTES, FolderConfig, Provenance, write_folder
+from lipstream.checkpoints.hub import (
+    MAX_SHARD_BYTES,
+    FolderConfig,
+    Provenance,
+    is_model_folder,
+    read_folder_config,
+    write_folder,
+)
 from lipstream.checkpoints.keys_dit import AUDIO_PREFIXES
 from lipstream.checkpoints.kinds import KINDS, STUDENT, TEACHER, Kind, kind_named
 from lipstream.checkpoints.lora import (
@@ -66,9 +73,14 @@ class Assembled:
     key_format: str
     merge: Mapping[str, Any] | None
 
-    def load(self) -> nn.Module:
-        """The network; a file without an adapter stays mapped, a merged one is in memory once."""
-        return fill(lambda: self.kind.build(self.config), self.source, f"a {self.kind.name}", stored=self.dtype)
+    def load(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The network; a file without an adapter stays mapped, a merged one is in memory once.
+
+        Args:
+            dtype: convert floating tensors to this; a converted tensor is a copy.
+        """
+        what, tied = f"a {self.kind.name}", self.kind.tied
+        return fill(lambda: self.kind.build(self.config), self.source, what, stored=self.dtype, dtype=dtype, tied=tied)
 
 
 def assemble(
@@ -83,7 +95,7 @@ def assemble(
     """Open checkpoint files and folders that together are one network, and check them strictly.
 
     Args:
-        paths: one checkpoint, or shards of one, or a base and its adapter, in any order.
+        paths: one checkpoint, or shards of one, or a base and its adapter, in any order; or one model folder.
         kind: name of the network; default: what the tensors say.
         precision: of merging an adapter; default bf16, as the release does it.
         dtype: of the floating tensors of the result; default: as stored (bfloat16 after a bf16 merge).
@@ -93,6 +105,11 @@ def assemble(
     Raises:
         CheckpointError: names the file and everything that is wrong.
     """
+    if len(paths) == 1 and is_model_folder(paths[0]):
+        about = read_folder_config(paths[0])
+        if kind not in (None, about.kind):
+            raise CheckpointError(f"{paths[0]}: holds a {about.kind}, not a {kind}")
+        kind, config = about.kind, config or about.config
     opened = [open_source(path) for path in paths]
     adapters = [source for source in opened if is_adapter(source)]
     base = join(source for source in opened if not is_adapter(source))
@@ -115,10 +132,11 @@ def assemble(
         config = config or _inferred(known, renamed.specs, renamed.label)
         merged = _as_dtype(grown_source(renamed, DiTConfig.from_dict(config).in_channels), dtype)
     else:
-        config = config or _inferred(known, renamed.specs, renamed.label)
+        config = config or known.describe(paths[0]) or _inferred(known, renamed.specs, renamed.label)
         merged = _as_dtype(renamed, dtype)
     with torch.device("meta"):
-        needed = specs_of(known.build(config))
+        needed = specs_of(known.build(config), known.tied)
+    merged = known.fit(merged, needed)
     require(merged.specs, needed, merged.label, f"a {known.name}", dtype)
     ordered = merged.renamed({name: name for name in needed})
     floats = [spec.dtype for spec in ordered.specs.values() if spec.dtype.is_floating_point]

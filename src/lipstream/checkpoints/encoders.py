@@ -13,74 +13,67 @@ are listed and refused. Pickles are opened with `weights_only`.
 from __future__ import annotations
 
 import importlib
-import json
 import pickle
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from lipstream.checkpoints.convert import assemble
 from lipstream.checkpoints.hashing import sha256_of
-from lipstream.checkpoints.keys_umt5 import UMT5_TIED, umt5_names
-from lipstream.checkpoints.keys_wav2vec2 import wav2vec2_names
+from lipstream.checkpoints.hub import is_model_folder, read_folder_config
 from lipstream.checkpoints.mapping import load_mapped
-from lipstream.models.syncnet import FLAVOURS as SYNCNETS
-from lipstream.models.syncnet import SyncNet, SyncNetConfig
+from lipstream.models.syncnet import SyncNet
 from lipstream.models.text import FLAVOURS as TEXTS
 from lipstream.models.text import PromptEmbedding, PromptEncoder, PromptTokenizer, TextConfig
-from lipstream.models.wav2vec_features import FLAVOURS as SPEECH
-from lipstream.models.wav2vec_features import Attention, SpeechFeatures, Wav2VecConfig
+from lipstream.models.wav2vec_features import Attention, SpeechFeatures
 
 EMBEDDING_FORMAT = "lipstream prompt embedding 1"
 # Names under which the official scripts keep an embedding in a dictionary, in their order of search.
 OFFICIAL_EMBEDDING_NAMES = ("context", "text_emb", "prompt_emb")
-COUNTER = ".num_batches_tracked"  # of batch norms; without effect, and older than syncnet_v2.model
-SHOWN = 8  # differences in a message
 
 
-def load_speech_features(folder: Path | str, attention: Attention = "sdpa") -> SpeechFeatures:
-    """The official speech features of a Hub-style folder, float32, without gradients.
+def load_speech_features(path: Path | str, attention: Attention = "sdpa") -> SpeechFeatures:
+    """The official speech features, float32, without gradients.
 
-    The folder holds model.safetensors and, unless the network is wav2vec2-base-960h itself, its config.json.
+    Args:
+        path: a Hub-style folder (model.safetensors and, unless the network is wav2vec2-base-960h itself, its
+            config.json), a .safetensors file, or what `lipstream convert` made of them.
 
     Raises:
         ValueError: a file is missing or damaged, another kind of network, or tensors that do not fit.
     """
-    folder = Path(folder)
-    path, about = folder / "model.safetensors", folder / "config.json"
-    # `lipstream pull` fetches the weights alone; loading is strict, so another network is not taken for this one.
-    config = Wav2VecConfig.from_hub(_read_json(about)) if about.exists() else SPEECH["official"]
-    tensors = _read_safetensors(path)[0]
-    names = wav2vec2_names(tensors)
-    with torch.device("meta"):
-        features = SpeechFeatures(config, attention)
-    _fill(features.network, {names[key]: tensors[key].float() for key in names}, path)
-    return features.eval().requires_grad_(False)
+    features = assemble([Path(path)], kind="wav2vec2").load(torch.float32)
+    assert isinstance(features, SpeechFeatures)
+    features.use_attention(attention)
+    return features.requires_grad_(False)
 
 
-def load_prompt_encoder(path: Path | str, config: TextConfig = TEXTS["official"]) -> PromptEncoder:
+def load_prompt_encoder(path: Path | str, config: TextConfig | None = None) -> PromptEncoder:
     """The prompt encoder of Wan's `.pth` file in the file's own dtype (bf16); the memory is the file itself, mapped.
 
-    The file's SHA-256 is taken on the way, which reads all of it once.
+    The file's SHA-256 is taken on the way, which reads all of it once; a converted folder says whose it is.
+
+    Args:
+        path: the file, or what `lipstream convert` made of it.
+        config: default: what the shapes say.
 
     Raises:
         ValueError: the file is missing or damaged, or its tensors do not fit.
     """
     path = Path(path)
-    tensors = _read_pickle(path)
-    names = umt5_names(config.layers)
-    with torch.device("meta"):
-        encoder = PromptEncoder(config)
-    renamed = {names.get(key, key): tensor for key, tensor in tensors.items()}
-    network = encoder.network
-    _fill(network, renamed, path, tied=UMT5_TIED)
-    network.set_input_embeddings(network.shared)
-    encoder.weights_sha256 = sha256_of(path)
-    return encoder.eval().requires_grad_(False)
+    encoder = assemble([path], kind="umt5", config=None if config is None else asdict(config)).load()
+    assert isinstance(encoder, PromptEncoder)
+    if is_model_folder(path):
+        encoder.weights_sha256 = next((s.sha256 for s in read_folder_config(path).provenance.sources), "")
+    elif path.is_file():
+        encoder.weights_sha256 = sha256_of(path)
+    return encoder.requires_grad_(False)
 
 
 def load_prompt_tokenizer(folder: Path | str, config: TextConfig = TEXTS["official"]) -> PromptTokenizer:
@@ -159,52 +152,17 @@ def load_official_prompt_embedding(path: Path | str, prompt: str) -> PromptEmbed
     return PromptEmbedding(prompt=prompt, rows=rows[: int(used[-1]) + 1].clone(), text_rows=len(rows))
 
 
-def load_syncnet(path: Path | str, config: SyncNetConfig = SYNCNETS["official"]) -> SyncNet:
-    """SyncNet of `syncnet_v2.model`, float32, in evaluation mode and without gradients.
+def load_syncnet(path: Path | str) -> SyncNet:
+    """SyncNet of `syncnet_v2.model` or of what `lipstream convert` made of it: float32, evaluation mode, no gradients.
 
     The batch norms' counters may be missing, as they are in the public file: they have no effect.
 
     Raises:
         ValueError: the file is missing or damaged, or its tensors do not fit.
     """
-    path = Path(path)
-    tensors = _read_pickle(path)
-    network = SyncNet(config)
-    counters = {key: value for key, value in network.state_dict().items() if key.endswith(COUNTER)}
-    _fill(network, counters | tensors, path)
-    return network.eval().requires_grad_(False)
-
-
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, tied: Mapping[str, str] | None = None) -> None:
-    """Make `tensors` the state of a module, without a copy; names of `tied` are second names of other tensors.
-
-    Raises:
-        ValueError: names or shapes differ; the differences are listed.
-    """
-    needed = {name: tensor for name, tensor in module.state_dict().items() if name not in (tied or {})}
-    problems = [f"missing {name}" for name in sorted(needed.keys() - tensors.keys())]
-    problems += [f"unknown {name}" for name in sorted(tensors.keys() - needed.keys())]
-    for name in sorted(needed.keys() & tensors.keys()):
-        found, wanted = list(tensors[name].shape), list(needed[name].shape)
-        if found != wanted:
-            problems.append(f"{name} is {found}, the network needs {wanted}")
-    if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ValueError(f"{path} does not fit the network: {'; '.join(problems[:SHOWN])}{more}")
-    aliases = {alias: tensors[name] for alias, name in (tied or {}).items()}
-    module.load_state_dict({**tensors, **aliases}, strict=True, assign=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a folder with config.json and model.safetensors")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: holds no configuration")
-    return data
+    network = assemble([Path(path)], kind="syncnet").load(torch.float32)
+    assert isinstance(network, SyncNet)
+    return network.requires_grad_(False)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -217,14 +175,6 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """A file of named tensors."""
-    stored = _unpickle(path)
-    if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise ValueError(f"{path}: holds no dictionary of tensors")
-    return dict(stored)
 
 
 def _unpickle(path: Path) -> Any:

@@ -92,7 +92,8 @@ def save_pretrained(
         licence=licence or known.licence,
         provenance=provenance or Provenance(),
     )
-    source = from_tensors(model.state_dict(), "the network")
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in known.tied}
+    source = from_tensors(tensors, "the network")
     write_folder(folder, source, about, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
     return about
 
@@ -142,6 +143,15 @@ def plan_shards(source: TensorSource, max_shard_bytes: int) -> list[list[str]]:
     return shards
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether `save_pretrained` or `lipstream convert` wrote it (a foreign folder may have a config.json too)."""
+    try:
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(stored, dict) and stored.get("format") == "lipstream"
+
+
 def read_folder_config(folder: Path) -> FolderConfig:
     """What a Hub-style folder says it is.
 
@@ -189,7 +199,7 @@ def load_pretrained(folder: Path, *, kind: str | None = None, dtype: torch.dtype
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder / CONFIG}: describes no {about.kind}: {error}") from error
 
-    return fill(build, source, f"its {CONFIG}", stored=stored, dtype=dtype)
+    return fill(build, source, f"its {CONFIG}", stored=stored, dtype=dtype, tied=known.tied)
 
 
 def push_to_hub(folder: Path, repo_id: str, *, private: bool = True, token: str | None = None, api: Any = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from lipstream.checkpoints.keys import KeyMap
 from lipstream.checkpoints.keys_wan_vae import official_to_diffusers
+from lipstream.checkpoints.sources import TensorSource
 from lipstream.checkpoints.strict import TensorSpec
 from lipstream.models.tae import TAE, TAE_FLAVOURS, TAEConfig
 from lipstream.models.wan_vae import WAN_VAE_FLAVOURS, WanVAEConfig
@@ -40,6 +42,26 @@ def infer_vae(specs: Mapping[str, TensorSpec]) -> Mapping[str, Any]:
     levels = len(WanVAEConfig(width=8).multipliers)
     blocks = (max(parts) + 1 - (levels - 1)) // levels
     return WanVAEConfig(width=first.shape[0], blocks_per_level=blocks).to_dict()
+
+
+def trim_grown_channels(source: TensorSource, needed: Mapping[str, TensorSpec]) -> TensorSource:
+    """The source without the surplus output channels of the TAE's growing layers; all else unchanged.
+
+    Files of the TAE's family share weights between temporal rates: a layer that can make more frames of one than this
+    network asks of it has more output channels, and only the last ones are used. Only whole multiples of the needed
+    channels are trimmed; anything else is left for the strict check to refuse.
+    """
+    specs = dict(source.specs)
+    for name in (f"decoder.{at}.conv.weight" for at in (7, 13, 19)):
+        if name in specs and name in needed:
+            held, wanted = specs[name].shape[0], needed[name].shape[0]
+            if held > wanted and held % wanted == 0:
+                specs[name] = TensorSpec((wanted, *specs[name].shape[1:]), specs[name].dtype)
+
+    def read(name: str) -> torch.Tensor:
+        return source.read(name)[-specs[name].shape[0] :] if specs[name] != source.specs[name] else source.read(name)
+
+    return source if specs == source.specs else dataclasses.replace(source, specs=specs, read=read)
 
 
 def infer_tae(specs: Mapping[str, TensorSpec]) -> Mapping[str, Any]:

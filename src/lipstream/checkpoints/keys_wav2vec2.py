@@ -1,49 +1,76 @@
-"""Key map of wav2vec2 files: the Hub's names <-> those of `transformers`' Wav2Vec2Model on a present torch.
+"""Key maps of wav2vec2 files: the Hub's names <-> those of `SpeechFeatures` (`network.` and `transformers`' names).
 
 The public file belongs to a speech recogniser: its names begin with `wav2vec2.`, its head is no part of the features,
 and the positional convolution's weight norm has torch's old names. A file that `transformers` saved of the bare model
 has no prefix and may have the new names. All of these are the same tensors; nothing else is taken.
+
+    PUBLIC.to_ours("wav2vec2.masked_spec_embed")       # "network.masked_spec_embed"
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-PREFIX = "wav2vec2."
+from lipstream.checkpoints.keys import KeyMap
+from lipstream.models.wav2vec_features import FLAVOURS, Wav2VecConfig
+
 RECOGNISER_HEAD = frozenset({"lm_head.weight", "lm_head.bias"})
-# (name in the public file, name in the network)
-WEIGHT_NORM: tuple[tuple[str, str], ...] = (
-    ("encoder.pos_conv_embed.conv.weight_g", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
-    ("encoder.pos_conv_embed.conv.weight_v", "encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
+OURS = "network."
+_LAYER = "encoder.layers.{i}."
+_NAMES = (
+    "masked_spec_embed",
+    "feature_extractor.conv_layers.{i}.conv.weight",
+    "feature_extractor.conv_layers.{i}.layer_norm.{wb}",
+    "feature_projection.layer_norm.{wb}",
+    "feature_projection.projection.{wb}",
+    "encoder.pos_conv_embed.conv.bias",
+    "encoder.layer_norm.{wb}",
+    *(f"{_LAYER}attention.{part}_proj.{{wb}}" for part in ("q", "k", "v", "out")),
+    *(f"{_LAYER}{part}.{{wb}}" for part in ("layer_norm", "final_layer_norm")),
+    *(f"{_LAYER}feed_forward.{part}.{{wb}}" for part in ("intermediate_dense", "output_dense")),
+)
+_WEIGHT_NORM = "encoder.pos_conv_embed.conv."
+_OLD, _NEW = ("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")
+
+
+def _key_map(name: str, prefix: str, norm: tuple[str, str]) -> KeyMap:
+    plain = ((prefix + key, OURS + key) for key in _NAMES)
+    normed = ((prefix + _WEIGHT_NORM + a, OURS + _WEIGHT_NORM + b) for a, b in zip(norm, _NEW, strict=True))
+    return KeyMap(name, (*plain, *normed))
+
+
+PUBLIC = _key_map("recogniser", "wav2vec2.", _OLD)
+FORMATS = (
+    PUBLIC,
+    _key_map("recogniser, new norm", "wav2vec2.", _NEW),
+    _key_map("bare, old norm", "", _OLD),
+    _key_map("bare", "", _NEW),
+    _key_map("lipstream", OURS, _NEW),
 )
 
 
-def network_name(key: str) -> str | None:
-    """Name in the network of a tensor of a file; None for the recogniser's head."""
-    if key in RECOGNISER_HEAD:
-        return None
-    bare = key.removeprefix(PREFIX)
-    return dict(WEIGHT_NORM).get(bare, bare)
+def official_config() -> dict[str, Any]:
+    """Sizes of wav2vec2-base-960h: shapes do not tell heads and strides, and loading is strict."""
+    return asdict(FLAVOURS["official"])
 
 
-def public_name(name: str) -> str:
-    """Name in the public file of a tensor of the network."""
-    return PREFIX + {ours: theirs for theirs, ours in WEIGHT_NORM}.get(name, name)
-
-
-def wav2vec2_names(keys: Iterable[str]) -> dict[str, str]:
-    """Name in the file -> name in the network, without the recogniser's head.
+def hub_config(path: Path) -> Mapping[str, Any] | None:
+    """Sizes by the config.json of a Hub folder; None where there is none (`lipstream pull` fetches weights alone).
 
     Raises:
-        ValueError: two tensors of the file are the same tensor of the network.
+        ValueError: not readable, or another kind of network.
     """
-    names: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for key in keys:
-        name = network_name(key)
-        if name is None:
-            continue
-        if name in taken:
-            raise ValueError(f"{taken[name]} and {key} are both {name}")
-        names[key], taken[name] = name, key
-    return names
+    about = path / "config.json"
+    if not about.is_file():
+        return None
+    try:
+        data = json.loads(about.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{about}: not readable JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{about}: holds no configuration")
+    return asdict(Wav2VecConfig.from_hub(data))

@@ -70,8 +70,11 @@ def from_tensors(tensors: Mapping[str, Tensor], label: str, files: tuple[Path, .
     return TensorSource(label, specs, tensors.__getitem__, files)
 
 
-def join(sources: Iterable[TensorSource]) -> TensorSource:
+def join(sources: Iterable[TensorSource], label: str | None = None) -> TensorSource:
     """Several shards as one source.
+
+    Args:
+        label: what messages call it; default: the first one's label and how many more there are.
 
     Raises:
         CheckpointError: no source, or a tensor in two of them.
@@ -85,7 +88,7 @@ def join(sources: Iterable[TensorSource]) -> TensorSource:
         if twice:
             raise CheckpointError(f"{source.label}: has tensors of {owner[twice[0]].label} again: {listed(twice)}")
         owner |= dict.fromkeys(source.specs, source)
-    label = sources[0].label if len(sources) == 1 else f"{sources[0].label} and {len(sources) - 1} more"
+    label = label or (sources[0].label if len(sources) == 1 else f"{sources[0].label} and {len(sources) - 1} more")
     specs = {name: source.specs[name] for name, source in owner.items()}
     files = tuple(file for source in sources for file in source.files)
     return TensorSource(label, specs, lambda name: owner[name].read(name), files, sources[0].wrapper)
@@ -138,17 +141,17 @@ def _open_folder(folder: Path) -> TensorSource:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder}: holds no .safetensors file and no distributed checkpoint")
-        return dataclasses.replace(join(open_safetensors(file) for file in files), label=str(folder))
+        return join((open_safetensors(file) for file in files), label=str(folder))
     weight_map = read_index(indices[0])
     shards = {name: open_safetensors(folder / name) for name in sorted(set(weight_map.values()))}
     missing = [tensor for tensor, shard in weight_map.items() if tensor not in shards[shard].specs]
     if missing:
         raise CheckpointError(f"{indices[0]}: {len(missing)} tensors are not where it says: {listed(missing)}")
-    joined = join(shards.values())
+    joined = join(shards.values(), label=str(folder))
     unlisted = sorted(joined.specs.keys() - weight_map.keys())
     if unlisted:
         raise CheckpointError(f"{indices[0]}: {len(unlisted)} tensors are not in it: {listed(unlisted)}")
-    return dataclasses.replace(joined, label=str(folder))
+    return joined
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ memory-mapped checkpoint is never copied: its pages are read when the network fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -69,9 +69,9 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def specs_of(module: nn.Module) -> dict[str, TensorSpec]:
+def specs_of(module: nn.Module, without: Container[str] = ()) -> dict[str, TensorSpec]:
     """Names, shapes and dtypes of a network's state."""
-    return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in module.state_dict().items()}
+    return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in module.state_dict().items() if name not in without}
 
 
 def compare(
@@ -122,6 +122,7 @@ def fill(
     *,
     stored: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> Module:
     """A network that holds the tensors of ``source`` themselves: no second copy, nothing read before it is used.
 
@@ -130,14 +131,18 @@ def fill(
         source: tensors under our names.
         stored: the dtype that floating tensors must have; None: any, but one for all.
         dtype: convert floating tensors to this (a converted tensor is a copy).
+        tied: second name of a parameter -> the name that the source has it under.
 
     Raises:
         CheckpointError: see `require`.
     """
     with torch.device("meta"):
         module = build()
-    require(source.specs, specs_of(module), source.label, what, stored)
+    tied = tied or {}
+    require(source.specs, specs_of(module, tied), source.label, what, stored)
     state = {name: cast(source.read(name), dtype) for name in source.specs}
+    for alias, name in tied.items():
+        state[name] = state[alias] = nn.Parameter(state[name], requires_grad=False)  # one parameter, not two
     module.load_state_dict(state, strict=True, assign=True)
     left = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     assert not left, f"{what}: still on the meta device (make such buffers on a real one): {listed(left)}"

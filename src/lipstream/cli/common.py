@@ -76,6 +76,19 @@ def add_full_size(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decoder", choices=("tae", "wan"), help="tae (default) is fast, wan a little finer")
     group.add_argument("--mask", metavar="FILE", help="mouth mask: built-in or a file (default: mask.png of the model)")
     group.add_argument("--memory", type=float, metavar="GB", help="what may be used (default: what is free)")
+    group.add_argument(
+        "--speech-lookahead",
+        type=float,
+        metavar="SECONDS",
+        help="hear the speech as it comes, only so far ahead: an approximation for live use (default: the whole file)",
+    )
+    group.add_argument(
+        "--parity",
+        action="store_true",
+        help="run as the official scripts do, to compare with them (seed 42 unless --seed): 25 fps sources only, a "
+        "face in every frame, the end cut to 12 n - 3 frames (up to half a second of speech), the whole crop "
+        "pasted back",
+    )
 
 
 def load_model(args: argparse.Namespace) -> LipSync:
@@ -97,6 +110,8 @@ def load_model(args: argparse.Namespace) -> LipSync:
         decoder=args.decoder,
         mask=args.mask,
         memory_gb=args.memory,
+        speech_lookahead=args.speech_lookahead,
+        parity=args.parity,
         on_memory=tell,
     )
 

@@ -43,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="result: .mp4, .mov or .mkv")
     add_model(parser)
     add_full_size(parser)
+    parser.set_defaults(seed=None)  # the model's own: 0, with --parity 42
     add_sync_options(parser)
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     add_verbose(parser)
@@ -60,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.output}: {plan}", file=sys.stderr, flush=True)
 
     silence_tflite()
+    if args.parity:
+        from lipstream.fullsize_parity import check_source
+
+        check_source(args.video)
     lipsync = load_model(args)
     with show_progress() as report:
         result = lipsync(args.video, args.audio, args.output, options=options, progress=report, on_plan=tell)

@@ -7,8 +7,6 @@ adapters that hide it. A part that is not there stays None and its figures are "
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +17,15 @@ import torch
 from torch import Tensor
 
 from lipstream.devices import free_bytes
+from lipstream.diffusion.lengths import CHUNK_LATENT_FRAMES
 from lipstream.evaluation.costs import DiTCosts
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES, MODEL_FPS, SPEECH_RATE
 from lipstream.memory import dit_parameters
 from lipstream.models.audio import SpeechEncoder
 from lipstream.models.codec import PocketCodec
 from lipstream.models.dit import FLAVOURS, Conditions, DiT, DiTConfig
+from lipstream.models.tae import TAE, TAE_FLAVOURS
+from lipstream.models.wan_vae import WAN_VAE_FLAVOURS, WanVAE
 from lipstream.streaming.kv_cache import TextMemory
 
 PIXELS_PER_CELL = 8
@@ -210,17 +211,11 @@ class WanBenchCodec:
         return (pictures.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-def wan_codec(
-    size: int, device: torch.device, dtype: torch.dtype, notes: list[str]
-) -> Callable[[], WanBenchCodec] | None:
-    """Wan VAE encoder and TAE decoder with random weights, or None where this version has no such modules."""
-    names = ("lipstream.models.wan_vae", "lipstream.models.tae")
-    if any(importlib.util.find_spec(name) is None for name in names):
-        notes.append("this version has no Wan VAE and TAE: encode and decode are not measured")
-        return None
-    wan, tiny = (importlib.import_module(name) for name in names)
-    vae = wan.WanVAE(wan.WAN_VAE_FLAVOURS["official"]).to(device, dtype).requires_grad_(False)
-    tae = tiny.TAE(tiny.TAE_FLAVOURS["official"]).to(device, dtype).requires_grad_(False)
+def wan_codec(size: int, device: torch.device, dtype: torch.dtype, notes: list[str]) -> Callable[[], WanBenchCodec]:
+    """Wan VAE encoder (a chunk a pass, as the product runs it) and TAE decoder with random weights."""
+    vae = WanVAE(WAN_VAE_FLAVOURS["official"]).to(device, dtype).requires_grad_(False)
+    vae.encode_latent_frames = CHUNK_LATENT_FRAMES
+    tae = TAE(TAE_FLAVOURS["official"]).to(device, dtype).requires_grad_(False)
     notes.append("encode is two streams of the Wan VAE (source and masked source), decode is the TAE, random weights")
     return lambda: WanBenchCodec(vae, tae, size, device, dtype)
 

@@ -107,16 +107,21 @@ def run_set(
     return summarise(rows, failed)
 
 
-def plain(value: Any) -> Any:
-    """Numbers, lists and dictionaries of anything that a summary holds; NaN becomes None, as JSON wants."""
+def plain(value: Any, digits: int | None = 4) -> Any:
+    """Numbers, lists and dictionaries of anything that a summary holds; NaN becomes None, as JSON wants.
+
+    digits: decimals that are kept; None keeps all.
+    """
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [plain(item, digits) for item in value]
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return plain(value.tolist(), digits)
     if isinstance(value, (float, np.floating)):
-        return None if math.isnan(value) else round(float(value), 4)
+        if math.isnan(value):
+            return None
+        return float(value) if digits is None else round(float(value), digits)
     if isinstance(value, (int, np.integer)):
         return int(value)
     return value if value is None or isinstance(value, str) else str(value)

@@ -37,6 +37,9 @@ class BouncingReader:
         speech_samples: length of the speech, delay included.
         length, fit: how both are made to last as long; see `timeline.FILLS`.
 
+    Args:
+        frames: give exactly so many frames by their number, whatever their timestamps and the speech (parity runs).
+
     Attributes:
         source_frames: number of frames of the source, once it has been played to its end and pictures are repeated.
         pts: timestamps of the source as far as it has been read.
@@ -50,12 +53,13 @@ class BouncingReader:
         *,
         length: Length = "bounce",
         fit: Fit = "audio",
+        frames: int | None = None,
         cache_frames: int = MAX_CACHED_FRAMES,
     ) -> None:
         if speech_samples < 0 or cache_frames < 1:
             raise ValueError(f"speech_samples {speech_samples} and cache_frames {cache_frames} must be positive")
         self.reader = reader
-        self.speech_samples, self.length, self.fit = speech_samples, length, fit
+        self.speech_samples, self.length, self.fit, self.frames = speech_samples, length, fit, frames
         frame_bytes = reader.frame_bytes
         self.cache_frames = max(min(cache_frames, MAX_CACHED_BYTES // frame_bytes), 4)
         self.source_frames: int | None = None
@@ -81,11 +85,11 @@ class BouncingReader:
         speech_end = Fraction(self.speech_samples, SPEECH_RATE)
         for frame in self.reader:
             begin = frame.pts - (self.pts[0] if self.pts else frame.pts)
-            if is_within_speech(begin, time_base, self.speech_samples):
+            if self._belongs(len(self.pts), begin):
                 self.pts.append(frame.pts)
                 last_duration = frame.duration_pts
                 yield frame
-            elif begin * time_base > speech_end + SLACK:
+            elif self.frames is not None or begin * time_base > speech_end + SLACK:
                 return
             else:
                 late.append(frame)  # a few frames at most: kept only if the source ends with them
@@ -97,17 +101,29 @@ class BouncingReader:
             return
         count = self.source_frames = len(self.pts)
         end = self.pts[-1] + last_duration - self.pts[0]
-        cut = self.fit == "video" or self.length == "cut"
-        if cut or not needs_bounce(end, time_base, self.speech_samples):
+        if not self._fills(count, end):
             return
         last_duration = filling_duration(last_duration, time_base)
         position, after = count, fill_pts(count, self.pts, last_duration, self.length)
         for frame in self._repeats():
             pts, after = after, fill_pts(position + 1, self.pts, last_duration, self.length)
-            if not is_within_speech(pts - self.pts[0], time_base, self.speech_samples):
+            if not self._belongs(position, pts - self.pts[0]):
                 return
             yield replace(frame, index=position, pts=pts, duration_pts=after - pts)
             position += 1
+
+    def _belongs(self, position: int, begin: int) -> bool:
+        """Whether the output has a frame of that number, which begins so many ticks after the first."""
+        if self.frames is not None:
+            return position < self.frames
+        return is_within_speech(begin, self.reader.time_base, self.speech_samples)
+
+    def _fills(self, count: int, end: int) -> bool:
+        """Whether pictures are repeated after the source's `count` frames, which end so many ticks after the first."""
+        if self.frames is not None:
+            return count < self.frames
+        cut = self.fit == "video" or self.length == "cut"
+        return not cut and needs_bounce(end, self.reader.time_base, self.speech_samples)
 
     def _repeats(self) -> Iterator[SourceFrame]:
         """The frames after the source's end, without end: n-2 ... 0, 1 ... n-1, n-2 ... for a bounce."""

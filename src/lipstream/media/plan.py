@@ -35,7 +35,14 @@ class Plan:
     timeline: Timeline
 
     @classmethod
-    def of(cls, video: Probed, speech_samples: int, length: Length = "bounce", fit: Fit = "audio") -> Plan:
+    def of(
+        cls,
+        video: Probed,
+        speech_samples: int,
+        length: Length = "bounce",
+        fit: Fit = "audio",
+        exact_frames: int | None = None,
+    ) -> Plan:
         """The plan of a video and so much speech at 16 kHz; see `timeline.FILLS`."""
         timeline = Timeline(
             pts=video.pts,
@@ -44,6 +51,7 @@ class Plan:
             speech_samples=speech_samples,
             length=length,
             fit=fit,
+            exact_frames=exact_frames,
         )
         return cls(
             frames=timeline.output_frames,

@@ -167,6 +167,7 @@ class Timeline:
         last_duration_pts: how long the last source frame shows.
         speech_samples: length of the speech at 16 kHz, delay included.
         length, fit: how both are made to last as long; see `FILLS`.
+        exact_frames: the result has exactly so many frames, whatever the speech (parity runs).
     """
 
     pts: Sequence[int]
@@ -175,6 +176,7 @@ class Timeline:
     speech_samples: int
     length: Length = "bounce"
     fit: Fit = "audio"
+    exact_frames: int | None = None
 
     def __post_init__(self) -> None:
         if not self.pts:
@@ -187,12 +189,16 @@ class Timeline:
     @property
     def fills(self) -> bool:
         """Whether the source is shorter than the speech and its pictures are repeated."""
+        if self.exact_frames is not None:
+            return len(self.pts) < self.exact_frames
         repeats = self.fit == "audio" and self.length != "cut"
         return repeats and needs_bounce(self._end_pts, self.time_base, self.speech_samples)
 
     @property
     def output_frames(self) -> int:
         """Number of frames of the result."""
+        if self.exact_frames is not None:
+            return self.exact_frames
         whole = self.fit == "video" and self.length == "silence"
         if whole or ends_together(self._end_pts, self.time_base, self.speech_samples):
             return len(self.pts)

@@ -172,7 +172,11 @@ class WanVAEState:
 
 
 class WanVAE(StreamingModule[WanVAEState]):
-    """Encoder, decoder and the normalisation of the latents; deterministic (the mean, never a sample)."""
+    """Encoder, decoder and the normalisation of the latents; deterministic (the mean, never a sample).
+
+    Attributes:
+        encode_latent_frames: of a pass, where a call of `encode` does not say; stream views take it over.
+    """
 
     pixel_range = (-1.0, 1.0)
 
@@ -182,18 +186,19 @@ class WanVAE(StreamingModule[WanVAEState]):
         c = config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.conv1, self.conv2 = nn.Conv3d(2 * c, 2 * c, 1), nn.Conv3d(c, c, 1)
+        self.encode_latent_frames = 1
         self._statistics: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def _init_state(self, batch: int) -> WanVAEState:
         return WanVAEState()
 
-    def encode(self, video: Tensor, latent_frames_per_pass: int = 1) -> Tensor:
+    def encode(self, video: Tensor, latent_frames_per_pass: int | None = None) -> Tensor:
         """Normalised latents of the next pixel frames.
 
         Args:
             video: [B, 3, F, H, W] in [-1, 1]; F is 1 + 4n in the first (or only) call, then 4n; H, W multiples of 8.
             latent_frames_per_pass: more (a live chunk has 3) make fewer, larger kernels and need more memory; the
-                result is the same up to the rounding of the convolutions.
+                result is the same up to the rounding of the convolutions. Default: `encode_latent_frames`.
 
         Returns:
             [B, C, T, H/8, W/8] in the weights' dtype.
@@ -206,6 +211,7 @@ class WanVAE(StreamingModule[WanVAEState]):
         state = self.state_or_fresh(video.shape[0])
         group, cell = self.config.pixel_frames_per_latent, self.config.pixels_per_cell
         first = 0 if state.encoding else 1
+        count = self.encode_latent_frames if latent_frames_per_pass is None else latent_frames_per_pass
         frames, height, width = video.shape[2:]
         if frames < 1 or (frames - first) % group:
             expected = f"1 + {group}n pixel frames in the first call" if first else f"{group}n after the first call"
@@ -214,8 +220,7 @@ class WanVAE(StreamingModule[WanVAEState]):
             raise ValueError(f"height and width must be multiples of {cell}, got {height} x {width}")
         video = video.to(self.conv1.weight.dtype)
         moments = [
-            self.conv1(self.encoder(part))
-            for part in _passes(video, first, frames_first=1, frames=group, count=latent_frames_per_pass)
+            self.conv1(self.encoder(part)) for part in _passes(video, first, frames_first=1, frames=group, count=count)
         ]
         state.encoding = True
         return self.normalise(torch.cat(moments, dim=2)[:, : self.config.latent_channels])

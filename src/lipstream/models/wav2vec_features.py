@@ -149,6 +149,10 @@ class SpeechFeatures(nn.Module):
         self.config = config
         self.network = _network(config, attention)
 
+    def use_attention(self, attention: Attention) -> None:
+        """Choose `eager` or `sdpa` after loading."""
+        self.network.set_attn_implementation(attention)
+
     def forward(self, samples: Tensor, pixel_frames: int) -> Tensor:
         """Whole files [b, n] in -1..1 -> the first `pixel_frames` rows [b, pixel_frames, feature_dim] (inference)."""
         _check(samples)

@@ -36,6 +36,8 @@ from lipstream.models.audio import SAMPLE_RATE, SAMPLES_PER_ROW
 from lipstream.models.wav2vec_features import FRAMES_PER_ROW, VARIANCE_FLOOR, FrameStatistics, SpeechFeatures
 from lipstream.streaming.base import StreamingModule
 
+MAX_LOOKAHEAD_SECONDS = 60
+
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
@@ -53,10 +55,29 @@ class WindowConfig:
         if min(self.first_rows, self.hop_rows, self.past_rows) < 1 or self.lookahead_rows < 0:
             raise ValueError(f"first_rows, hop_rows and past_rows must be at least 1, lookahead_rows 0: {self}")
 
+    def heard_rows(self, rows: int) -> int:
+        """Rows of speech that have to be heard before the first `rows` rows have left."""
+        chunks = max(0, math.ceil((rows - self.first_rows) / self.hop_rows))
+        return self.first_rows + chunks * self.hop_rows + self.lookahead_rows if rows else 0
+
     @property
     def lookahead_ms(self) -> float:
         """Milliseconds of speech after a chunk's last frame that its rows wait for."""
         return 1000 * self.lookahead_rows * SAMPLES_PER_ROW / SAMPLE_RATE
+
+
+def window_of(lookahead_seconds: float) -> WindowConfig:
+    """The window that looks so far ahead, rounded up to whole rows.
+
+    Raises:
+        ValueError: negative, or more than a minute.
+    """
+    if not 0 <= lookahead_seconds <= MAX_LOOKAHEAD_SECONDS:
+        raise ValueError(
+            f"speech look-ahead must be 0 to {MAX_LOOKAHEAD_SECONDS} seconds, got {lookahead_seconds}; leave it out to "
+            "hear the whole file first"
+        )
+    return WindowConfig(lookahead_rows=math.ceil(round(lookahead_seconds * SAMPLE_RATE / SAMPLES_PER_ROW, 6)))
 
 
 @dataclass
