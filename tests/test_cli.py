@@ -22,8 +22,10 @@ from lipstream.cli.demo import demo_files
 from lipstream.cli.main import main
 from lipstream.contact import contact_sheet, evenly_spaced
 from lipstream.media.opening import MediaError
+from lipstream.media.plan import Plan
 from lipstream.media.reader import VideoReader
 from lipstream.media.writer import VideoWriter
+from lipstream.options import SyncOptions
 from lipstream.pipeline import Progress, SyncReport
 
 # The face of the program: another flag is a decision, and this list is where it is taken.
@@ -31,6 +33,7 @@ FLAGS = {
     "sync": {
         "--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose",
         "--device", "--dtype", "--decoder", "--mask", "--memory", "--speech-lookahead", "--parity",
+        "--length", "--fit", "--audio-delay", "--audio-track", "--quality",
     },
     "demo": {"--output", "--model", "--seed", "--threads", "--verbose"},
     "doctor": {"--no-speed", "--verbose"},
@@ -75,11 +78,12 @@ class Copier:
         audio: Path,
         output: Path,
         *,
-        crf: int = 16,
+        options: SyncOptions | None = None,
         progress: Callable[[Progress], None] | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
     ) -> SyncReport:
         reader, frames = VideoReader(video), 0
-        with VideoWriter(output, like=reader, audio=audio, crf=crf) as writer:
+        with VideoWriter(output, like=reader, audio=audio) as writer:
             for frame in reader:
                 writer.write(frame)
                 frames += 1

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.reader import SourceFrame, VideoReader
+from lipstream.media.timeline import Fit, Length
 from lipstream.mouth import MouthModel
 from lipstream.session import Observed, Observer, Session, SpeechRows, TakeSession
 
@@ -38,8 +39,8 @@ class Observes(Protocol):
 class Engine(Protocol):
     """A loaded model."""
 
-    def frames(self, reader: VideoReader, speech_samples: int) -> BouncingReader:
-        """The source's frames of one run, cut or bounced to the speech."""
+    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
+        """The source's frames of one run, cut or filled to the speech; see `timeline.FILLS`."""
         ...
 
     def observer(self, name: str = "the video") -> Observes:
@@ -61,9 +62,9 @@ class CanvasEngine:
     def __init__(self, model: MouthModel) -> None:
         self.model = model
 
-    def frames(self, reader: VideoReader, speech_samples: int) -> BouncingReader:
+    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
         """See :class:`Engine`."""
-        return BouncingReader(reader, speech_samples)
+        return BouncingReader(reader, speech_samples, length=length, fit=fit)
 
     def observer(self, name: str = "the video") -> Observer:
         """See :class:`Engine`."""

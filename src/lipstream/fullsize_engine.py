@@ -39,6 +39,7 @@ from lipstream.fullsize_session import CropObserver, CropSession
 from lipstream.fullsize_speech import FileRows, WindowedRows
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.reader import VideoReader
+from lipstream.media.timeline import Fit, Length
 from lipstream.memory import MemoryNeed, MemoryRequest, check_memory, memory_need
 from lipstream.models.dit import DiT
 from lipstream.models.dit_config import DiTConfig
@@ -158,9 +159,9 @@ class FullSizeEngine:
         engine.window = options.window
         return engine
 
-    def frames(self, reader: VideoReader, speech_samples: int) -> BouncingReader:
+    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
         """See `Engine`."""
-        return BouncingReader(reader, speech_samples)
+        return BouncingReader(reader, speech_samples, length=length, fit=fit)
 
     def observer(self, name: str = "the video") -> Observes:
         """See `Engine`."""

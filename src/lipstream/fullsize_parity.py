@@ -42,7 +42,7 @@ from lipstream.fullsize_speech import OfficialRows
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import SourceFrame, VideoReader
-from lipstream.media.timeline import MODEL_FPS
+from lipstream.media.timeline import MODEL_FPS, Fit, Length
 from lipstream.models.wav2vec_features import SpeechFeatures
 from lipstream.session import Observed, TakeSession
 
@@ -176,10 +176,12 @@ class ParityEngine(FullSizeEngine):
         self._anchors = anchors
         self._official = OfficialCompositor(model.mask)
 
-    def frames(self, reader: VideoReader, speech_samples: int) -> BouncingReader:
+    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
         """See `Engine`; 12 n - 3 frames, at least 9, whatever the video's and the speech's rest."""
-        length = official_length(speech_samples, float_seconds=True)
-        return BouncingReader(reader, speech_samples, frames=length.pixel_frames)
+        if (length, fit) != ("bounce", "audio"):
+            raise ValueError("a parity run has the official length: leave out --length and --fit")
+        count = official_length(speech_samples, float_seconds=True).pixel_frames
+        return BouncingReader(reader, speech_samples, frames=count)
 
     def observer(self, name: str = "the video") -> OfficialObserver:
         """See `Engine`."""

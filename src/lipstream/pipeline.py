@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,26 @@ import torch
 from lipstream.background import Ahead
 from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
+from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
+from lipstream.media.plan import Plan
+from lipstream.media.probe import probe
 from lipstream.media.reader import VideoReader
 from lipstream.media.speech import SpeechReader, count_speech_samples
-from lipstream.media.timeline import SLACK, SPEECH_RATE, TAIL
 from lipstream.media.writer import VideoWriter
 from lipstream.memory import MemoryNeed
 from lipstream.mouth import MouthModel
+from lipstream.options import SyncOptions
 from lipstream.session import Observed, SyncedFrame
 
 log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 BUILT_IN = ("pocket",)
-_AHEAD = 16  # frames between two stages
+_AHEAD = 16  # frames between two stages, and what they may take
+_AHEAD_BYTES = 96 * 1024 * 1024
+# A picture's RGB is kept from the tracker to the compositor; of a larger one it is made again instead.
+_KEPT_IMAGE_PIXELS = 2_100_000
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,31 @@ class _Clock:
 
     def add(self, stage: str, since: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - since
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The two files of one run, opened, and what it promises."""
+
+    source: BouncingReader
+    speech: SpeechReader
+    plan: Plan
+
+    @classmethod
+    def of(cls, engine: Engine, video: PathLike, audio: PathLike, options: SyncOptions) -> _Run:
+        """Look at both files in a process of its own, then open them here."""
+        probed = probe(video, need="video")
+        probe(audio, need="audio")
+        length, fit = options.resolved_length, options.resolved_fit
+        samples = count_speech_samples(audio, options.audio_track, options.audio_delay_ms)
+        if not samples:
+            raise MediaError(audio, "its sound has no samples", "use a file with speech in it, and no larger delay")
+        source = engine.frames(VideoReader(video), samples, length, fit)
+        return cls(
+            source=source,
+            speech=SpeechReader(audio, options.audio_track, options.audio_delay_ms),
+            plan=Plan.of(probed, samples, length, fit, source.frames),
+        )
 
 
 class LipSync:
@@ -172,22 +202,41 @@ class LipSync:
         audio: PathLike,
         output: PathLike,
         *,
-        crf: int = 16,
+        options: SyncOptions | None = None,
         progress: Callable[[Progress], None] | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
     ) -> SyncReport:
         """Write ``video`` with lips that follow ``audio`` to ``output`` (atomically) and report.
 
+        Args:
+            options: what this run is told beyond its files; see :class:`SyncOptions`.
+            progress: called for every finished frame.
+            on_plan: told what the result will be, before work starts.
+
         Raises:
             MediaError: a file cannot be read or written, or the video shows no face at all.
+            RuntimeError: the result is not what the plan promised; no file is left.
         """
+        options = options or SyncOptions()
         clock = _Clock()
-        reader = VideoReader(video)
+        run = _Run.of(self.engine, video, audio, options)
+        if on_plan is not None:
+            on_plan(run.plan)
         frames = synced = 0
         gaps: list[tuple[int, int]] = []
         with (
-            VideoWriter(output, like=reader, audio=audio, crf=crf) as writer,
+            VideoWriter(
+                output,
+                like=run.source.reader,
+                audio=audio,
+                track=options.audio_track,
+                delay_ms=options.audio_delay_ms,
+                quality=options.quality,
+                crf=options.crf,
+                carry=True,
+            ) as writer,
             # Closed at once, also when writing fails: a kept traceback must not keep the threads running.
-            closing(self._frames(reader, video, audio, progress, clock)) as made,
+            closing(self._frames(run, progress, clock)) as made,
         ):
             for done in made:
                 since = time.perf_counter()
@@ -218,37 +267,36 @@ class LipSync:
         )
 
     def stream(
-        self, video: PathLike, audio: PathLike, *, progress: Callable[[Progress], None] | None = None
-    ) -> Iterator[SyncedFrame]:
-        """Frames of the result as they are made, equal to what :meth:`__call__` writes."""
-        return self._frames(VideoReader(video), video, audio, progress, _Clock())
-
-    def _frames(
         self,
-        reader: VideoReader,
         video: PathLike,
         audio: PathLike,
-        progress: Callable[[Progress], None] | None,
-        clock: _Clock,
+        *,
+        options: SyncOptions | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[SyncedFrame]:
+        """Frames of the result as they are made, equal to what :meth:`__call__` writes."""
+        return self._frames(_Run.of(self.engine, video, audio, options or SyncOptions()), progress, _Clock())
+
+    def _frames(
+        self, run: _Run, progress: Callable[[Progress], None] | None, clock: _Clock
     ) -> Generator[SyncedFrame, None, None]:
-        samples = count_speech_samples(audio)
-        if not samples:
-            raise MediaError(audio, "its sound has no samples", "use a file with speech in it")
-        source = self.engine.frames(reader, samples)
-        total = _expected_frames(reader, samples) if source.frames is None else source.frames
-        observer = self.engine.observer(os.fspath(video))
-        rows = self.engine.rows(SpeechReader(audio).read)
-        session = self.engine.session(reader.time_base, rows, self.seed)
+        source, total = run.source, run.plan.frames
+        ahead_frames = queue_frames(source.reader)
+        observer = self.engine.observer(source.reader.path)
+        rows = self.engine.rows(run.speech.read)
+        session = self.engine.session(source.reader.time_base, rows, self.seed)
 
         def observed() -> Iterator[Observed[Any, Any]]:
             for frame in source:
                 since = time.perf_counter()
                 seen = observer.step(frame)
+                if frame.stored.width * frame.stored.height > _KEPT_IMAGE_PIXELS:
+                    frame.forget_image()
                 clock.add("faces", since)
                 yield seen
 
         def generated() -> Iterator[SyncedFrame]:
-            with Ahead(observed(), _AHEAD, "faces") as ahead:
+            with Ahead(observed(), ahead_frames, "faces") as ahead:
                 for seen in ahead:
                     since = time.perf_counter()
                     ready = session.push(seen)
@@ -257,7 +305,7 @@ class LipSync:
                 yield from session.finish()
 
         done = 0
-        with Ahead(generated(), _AHEAD, "mouths") as frames:
+        with Ahead(generated(), ahead_frames, "mouths") as frames:
             for frame in frames:
                 if clock.first is None:
                     clock.first = time.perf_counter() - clock.started
@@ -265,6 +313,12 @@ class LipSync:
                 if progress is not None:
                     progress(_progress(done, total, clock.started))
                 yield frame
+        run.plan.check(source.reader.path, source.pts, source.given, done)
+
+
+def queue_frames(reader: VideoReader) -> int:
+    """How many frames may wait between two stages: few large ones."""
+    return min(max(_AHEAD_BYTES // reader.frame_bytes, 2), _AHEAD)
 
 
 def _folder_of(model: PathLike) -> Path:
@@ -290,17 +344,6 @@ def _progress(done: int, total: int | None, started: float) -> Progress:
     fps = done / max(time.perf_counter() - started, 1e-6)
     left = None if total is None else max(0, total - done) / max(fps, 1e-6)
     return Progress("sync", done, total, fps, left)
-
-
-def _expected_frames(reader: VideoReader, samples: int) -> int | None:
-    """Frames of the result, as far as the headers tell; for the progress display only."""
-    speech = Fraction(samples, SPEECH_RATE)
-    from_speech = max(1, int((speech - TAIL) * reader.fps) + 1)
-    if reader.duration_seconds is None or reader.frames is None:
-        return from_speech
-    if abs(reader.duration_seconds - float(speech)) <= SLACK:
-        return reader.frames
-    return min(reader.frames, from_speech) if reader.duration_seconds > speech else from_speech
 
 
 def _fast_bfloat16() -> bool:
