@@ -39,11 +39,13 @@ from lipstream.faces.crop import CropCompositor
 from lipstream.faces.mouth_mask import MouthMask, mouth_mask
 from lipstream.fullsize import FullSizeModel, VideoDecoder, VideoEncoder
 from lipstream.fullsize_session import CropObserver, CropSession
+from lipstream.manner import Manner
 from lipstream.memory import MemoryNeed, MemoryRequest, check_memory, memory_need
 from lipstream.models.audio import SAMPLES_PER_ROW
 from lipstream.models.dit_config import DiTConfig
 from lipstream.models.text import PROMPT, PromptEmbedding
 from lipstream.models.wav2vec_features import SpeechFeatures
+from lipstream.options import Silence
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ class FullSizeOptions:
 
 class FullSizeEngine:
     """A loaded full-size model; see `lipstream.engines.Engine`."""
+
+    silences: tuple[Silence, ...] = ("model", "source")
 
     def __init__(self, model: FullSizeModel, features: SpeechFeatures) -> None:
         self.model, self.features = model, features
@@ -139,9 +143,11 @@ class FullSizeEngine:
         """See `Engine`."""
         return CropObserver()
 
-    def session(self, time_base: Fraction, rows: Rows, seed: int) -> CropSession:
+    def session(self, time_base: Fraction, rows: Rows, seed: int, manner: Manner) -> CropSession:
         """See `Engine`."""
-        return CropSession(self.model, self._compositor, time_base, rows, seed)
+        if manner.strength != 1:
+            raise ValueError(f"a full-size model has no strength (got {manner.strength}): its mouths are pictures")
+        return CropSession(self.model, self._compositor, time_base, rows, seed, manner)
 
     def rows(self, read: ReadSpeech) -> FileRows:
         """See `Engine`; the official features look at the whole file."""

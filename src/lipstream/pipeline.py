@@ -17,14 +17,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lipstream.background import Ahead
+from lipstream.casting import Cast, no_speaker, speakers_of
 from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
+from lipstream.media.mix import mixed_sound
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
 from lipstream.media.speech import SpeechReader, count_speech_samples
@@ -33,7 +34,8 @@ from lipstream.media.writer import VideoWriter
 from lipstream.memory import MemoryNeed
 from lipstream.mouth import MouthModel
 from lipstream.options import SyncOptions
-from lipstream.session import Observed, SyncedFrame
+from lipstream.session import SyncedFrame
+from lipstream.voices import Looked, Voices
 
 log = logging.getLogger(__name__)
 
@@ -173,12 +175,14 @@ class LipSync:
         options = options or SyncOptions()
         clock = _Clock()
         reader = VideoReader(video)
+        cast = Cast(reader, speakers_of(options))
         frames = synced = 0
         gaps: list[tuple[int, int]] = []
         with (
-            VideoWriter(output, like=reader, audio=audio, crf=16 if options.crf is None else options.crf) as writer,
+            mixed_sound([audio, *(sound for _, sound in options.voices)]) as sound,
+            VideoWriter(output, like=reader, audio=sound, crf=16 if options.crf is None else options.crf) as writer,
             # Closed at once, also when writing fails: a kept traceback must not keep the threads running.
-            closing(self._frames(reader, video, audio, options, progress, clock)) as made,
+            closing(self._frames(reader, video, audio, options, progress, clock, cast)) as made,
         ):
             for done in made:
                 since = time.perf_counter()
@@ -193,9 +197,7 @@ class LipSync:
                         else [*gaps, (frames - 1, frames)]
                     )
             if not synced:
-                raise MediaError(
-                    video, f"shows no face in any of its {frames} frames", "use a video of a talking person"
-                )
+                raise no_speaker(video, frames, cast)
         seconds = time.perf_counter() - clock.started
         return SyncReport(
             output=Path(output),
@@ -227,20 +229,24 @@ class LipSync:
         options: SyncOptions,
         progress: Callable[[Progress], None] | None,
         clock: _Clock,
+        cast: Cast | None = None,
     ) -> Generator[SyncedFrame, None, None]:
-        samples = count_speech_samples(audio)
-        if not samples:
-            raise MediaError(audio, "its sound has no samples", "use a file with speech in it")
+        sounds = [audio, *(sound for _, sound in options.voices)]
+        lengths = [count_speech_samples(sound) for sound in sounds]
+        for sound, length in zip(sounds, lengths, strict=True):
+            if not length:
+                raise MediaError(sound, "its sound has no samples", "use a file with speech in it")
+        samples = max(lengths)
         source = BouncingReader(reader, samples)
         total = _expected_frames(reader, samples)
-        observer = self.engine.observer()
-        rows = self.engine.rows(SpeechReader(audio).read)
-        session = self.engine.session(reader.time_base, rows, self.seed)
+        cast = cast or Cast(reader, speakers_of(options))
+        reads = [SpeechReader(sound).read for sound in sounds]
+        session = Voices(self.engine, cast, reads, reader.time_base, self.seed, options)
 
-        def observed() -> Iterator[Observed[Any, Any]]:
+        def observed() -> Iterator[Looked]:
             for frame in source:
                 since = time.perf_counter()
-                seen = observer.step(frame)
+                seen = session.look(frame)
                 clock.add("faces", since)
                 yield seen
 
