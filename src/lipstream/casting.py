@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 FACELESS_SECONDS = 4.0  # without any face, before the rest of the video is sampled
 CHOOSE_AGAIN_SECONDS = 10.0  # "auto" and "largest" take another face when theirs has been away for so long
-LIKE_PICTURE = 12.0  # a picture has its own light: twice what counts as the same person within a video
+LIKE_PICTURE = 16.0  # a picture has its own light: more than what counts as the same person within a video
 
 
 class Cast:

@@ -39,17 +39,62 @@ def add_parser(subparsers: Any) -> None:
     add_model(parser)
     add_full_size(parser)
     parser.add_argument("--crf", type=int, help="quality of the video, lower is better (default: 16)")
+    add_speech(parser)
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     add_verbose(parser)
     parser.set_defaults(run=run)
 
 
+def add_speech(parser: argparse.ArgumentParser) -> None:
+    """The options that say who speaks, and how."""
+    group = parser.add_argument_group("who speaks, and how")
+    group.add_argument(
+        "--speaker",
+        default="auto",
+        metavar="WHO",
+        help="auto (default: whoever speaks in VIDEO, else the largest face), largest, left, right, X,Y@SECONDS (pixels "
+        "or fractions of the picture), or a picture of the person",
+    )
+    group.add_argument(
+        "--voice",
+        action="append",
+        default=[],
+        type=voice,
+        metavar="WHO=FILE",
+        help="a further speaker and their speech, e.g. right=b.wav; may be repeated. The sound is the mix of all",
+    )
+    group.add_argument(
+        "--silence",
+        choices=("close", "source", "model"),
+        help="where the speech is silent: close the lips (default), show the source's own mouth, or leave it to the model",
+    )
+    group.add_argument(
+        "--strength", type=float, default=1.0, help="how far the lips move, 0 to 2; 0.7 to 1.3 is safe (default: 1)"
+    )
+
+
+def voice(text: str) -> tuple[str, str]:
+    """An argument type: WHO=FILE."""
+    who, equals, file = text.partition("=")
+    if not (who and equals and file):
+        raise argparse.ArgumentTypeError(f"must be WHO=FILE, e.g. right=b.wav, got '{text}'")
+    return who, file
+
+
 def run(args: argparse.Namespace) -> int:
     """Run `lipstream sync`; returns the exit status."""
-    options = SyncOptions(crf=args.crf)
-    check_output(args.output, (args.video, args.audio), force=args.force)
+    options = SyncOptions(
+        crf=args.crf,
+        speaker=args.speaker,
+        voices=tuple(args.voice),
+        strength=args.strength,
+        silence=args.silence,
+    )
+    sounds = (args.audio, *(Path(file) for _, file in options.voices))
+    check_output(args.output, (args.video, *sounds), force=args.force)
     open_media(args.video, need="video").close()  # a wrong file is reported before torch is loaded
-    open_media(args.audio, need="audio").close()
+    for sound in sounds:
+        open_media(sound, need="audio").close()
 
     silence_tflite()
     lipsync = load_model(args)

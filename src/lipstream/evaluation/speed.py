@@ -91,7 +91,7 @@ def write_input(clip: Path, audio: Path, folder: Path, seconds: int, side_px: in
     speech = load_speech(audio)
     samples = seconds * SPEECH_RATE
     sound = folder / f"speech_{seconds}s.wav"
-    _write_wav(np.tile(speech, -(-samples // len(speech)))[:samples], sound)
+    write_wav(np.tile(speech, -(-samples // len(speech)))[:samples], sound)
     video = folder / f"video_{seconds}s.mp4"
     frames = seconds * MODEL_FPS
     with av.open(str(video), "w") as container:
@@ -111,7 +111,7 @@ def write_input(clip: Path, audio: Path, folder: Path, seconds: int, side_px: in
     return video, sound
 
 
-def _write_wav(samples: np.ndarray[tuple[int, ...], np.dtype[np.float32]], path: Path) -> None:
+def write_wav(samples: np.ndarray[tuple[int, ...], np.dtype[np.float32]], path: Path) -> None:
     """Mono 16-bit WAV at 16 kHz."""
     with av.open(str(path), "w", format="wav") as container:
         stream = container.add_stream("pcm_s16le", rate=SPEECH_RATE, layout="mono")
