@@ -6,8 +6,8 @@ face, 32 above and beside it for the hair. Lightness counts as it is, tint again
 cast counts for less; around the face, where the background looks through, no cell counts for more than `MOST_AROUND`.
 
 Measured on 874 faces of 41 people (8 real videos, 3 GRID speakers over 10 clips each, 30 synthetic heads), three frames
-known of each: 99.9 % are nearest to their own person. Below `SAME` lie 95 % of a real person's faces (over days and
-clothes) and none of another's; of synthetic heads, which resemble each other, 100 % and 19 %. New light can make a
+known of each: 99.9 % are nearest to their own person. Below `SAME` lie 85 % of a real person's faces (over days and
+clothes) and none of another's; of synthetic heads, which resemble each other, 100 % and 9 %. New light can make a
 stranger.
 
     >>> gallery = Gallery(); gallery.add(looks_of(rgb, track.landmarks)); gallery.unlike(looks_of(later, landmarks))
@@ -25,7 +25,7 @@ from lipstream.faces.mesh import LEFT_EYE_CORNER, RIGHT_EYE_CORNER
 
 Looks = NDArray[np.float32]  # [300]
 
-SAME = 10.0  # below it, two faces may be one person's
+SAME = 9.0  # below it, two faces may be one person's
 _EYES_PX = 16  # distance of the outer eye corners in the aligned picture
 _WIDTH, _HEIGHT, _CELL_PX = 40, 56, 4
 _EYES_AT = (20.0, 22.0)  # middle between the eyes
