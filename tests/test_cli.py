@@ -22,6 +22,7 @@ from lipstream.cli.demo import demo_files
 from lipstream.cli.main import main
 from lipstream.contact import contact_sheet, evenly_spaced
 from lipstream.media.opening import MediaError
+from lipstream.media.plan import Plan
 from lipstream.media.reader import VideoReader
 from lipstream.media.writer import VideoWriter
 from lipstream.options import SyncOptions
@@ -32,6 +33,7 @@ FLAGS = {
     "sync": {
         "--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose",
         "--device", "--dtype", "--decoder", "--mask", "--memory",
+        "--length", "--fit", "--audio-delay", "--audio-track", "--quality",
     },
     "demo": {"--output", "--model", "--seed", "--threads", "--verbose"},
     "doctor": {"--no-speed", "--verbose"},
@@ -73,6 +75,7 @@ class Copier:
         *,
         options: SyncOptions | None = None,
         progress: Callable[[Progress], None] | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
     ) -> SyncReport:
         reader, frames = VideoReader(video), 0
         with VideoWriter(output, like=reader, audio=audio) as writer:

@@ -235,7 +235,7 @@ class Painter:
     def __init__(self, leak: bool = False) -> None:
         self.leak = leak
 
-    def stream(self, video: Path, audio: Path) -> Iterator[Done]:
+    def stream(self, video: Path, audio: Path, *, options: SyncOptions | None = None) -> Iterator[Done]:
         for frame in BouncingReader(VideoReader(video), count_speech_samples(audio)):
             rgb = np.full((16, 20, 3), 200, np.uint8)
             patch = Patch((10, 10, 30, 26), rgb, np.full((16, 20), 255, np.uint8))
@@ -243,7 +243,9 @@ class Painter:
             yield Done(replace_region(frame, rgb, patch.box, patch.alpha > 0), True, told)
 
     def __call__(self, video: Path, audio: Path, output: Path, *, options: SyncOptions | None = None) -> None:
-        with VideoWriter(output, like=VideoReader(video), crf=options.crf if options and options.crf is not None else 16) as writer:
+        with VideoWriter(
+            output, like=VideoReader(video), crf=options.crf if options and options.crf is not None else 16
+        ) as writer:
             for done in self.stream(video, audio):
                 writer.write(done.frame)
 

@@ -50,7 +50,7 @@ def at_rate(fps: Fraction, frames: int, samples: int) -> Timeline:
 def test_cut_to_the_speech(fps: Fraction, seconds: int, frames: int) -> None:
     timeline = at_rate(fps, 1000, seconds * SPEECH_RATE)
     assert timeline.output_frames == frames
-    assert not timeline.bounces
+    assert not timeline.fills
 
 
 def test_equal_lengths_keep_every_frame() -> None:
@@ -81,7 +81,7 @@ def test_every_output_frame_has_its_place(timeline: Timeline) -> None:
     assert all(b > a for a, b in pairwise(pts))
     assert pts[: len(timeline.pts)] == list(timeline.pts[:count])
     speech = Fraction(timeline.speech_samples, SPEECH_RATE)
-    if timeline.bounces:
+    if timeline.fills:
         assert count >= len(timeline.pts)
         # no room for one more frame
         assert (timeline.output_pts(count) - pts[0]) * timeline.time_base + Fraction(1, 50) > speech

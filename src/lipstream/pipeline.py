@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -27,9 +26,10 @@ from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.mix import mixed_sound
 from lipstream.media.opening import MediaError
+from lipstream.media.plan import Plan
+from lipstream.media.probe import probe
 from lipstream.media.reader import VideoReader
 from lipstream.media.speech import SpeechReader, count_speech_samples
-from lipstream.media.timeline import SLACK, SPEECH_RATE, TAIL
 from lipstream.media.writer import VideoWriter
 from lipstream.memory import MemoryNeed
 from lipstream.mouth import MouthModel
@@ -41,7 +41,10 @@ log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 BUILT_IN = ("pocket",)
-_AHEAD = 16  # frames between two stages
+_AHEAD = 16  # frames between two stages, and what they may take
+_AHEAD_BYTES = 96 * 1024 * 1024
+# A picture's RGB is kept from the tracker to the compositor; of a larger one it is made again instead.
+_KEPT_IMAGE_PIXELS = 2_100_000
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,39 @@ class _Clock:
 
     def add(self, stage: str, since: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - since
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The files of one run, opened, who speaks in it, and what it promises."""
+
+    source: BouncingReader
+    speeches: tuple[SpeechReader, ...]
+    cast: Cast
+    plan: Plan
+    options: SyncOptions
+
+    @classmethod
+    def of(cls, video: PathLike, audio: PathLike, options: SyncOptions) -> _Run:
+        """Look at both files in a process of its own, then open them here."""
+        probed = probe(video, need="video")
+        length, fit, delay_ms = options.resolved_length, options.resolved_fit, options.audio_delay_ms
+        tracks = [(audio, options.audio_track), *((voice, None) for _, voice in options.voices)]
+        samples = 0
+        for sound, track in tracks:
+            probe(sound, need="audio")
+            count = count_speech_samples(sound, track, delay_ms)
+            if not count:
+                raise MediaError(sound, "its sound has no samples", "use a file with speech in it, and no larger delay")
+            samples = max(samples, count)
+        reader = VideoReader(video)
+        return cls(
+            source=BouncingReader(reader, samples, length=length, fit=fit),
+            speeches=tuple(SpeechReader(sound, track, delay_ms) for sound, track in tracks),
+            cast=Cast(reader, speakers_of(options)),
+            plan=Plan.of(probed, samples, length, fit),
+            options=options,
+        )
 
 
 class LipSync:
@@ -162,27 +198,40 @@ class LipSync:
         *,
         options: SyncOptions | None = None,
         progress: Callable[[Progress], None] | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
     ) -> SyncReport:
         """Write ``video`` with lips that follow ``audio`` to ``output`` (atomically) and report.
 
         Args:
             options: what this run is told beyond its files; see :class:`SyncOptions`.
             progress: called for every finished frame.
+            on_plan: told what the result will be, before work starts.
 
         Raises:
             MediaError: a file cannot be read or written, or the video shows no face at all.
+            RuntimeError: the result is not what the plan promised; no file is left.
         """
         options = options or SyncOptions()
         clock = _Clock()
-        reader = VideoReader(video)
-        cast = Cast(reader, speakers_of(options))
+        run = _Run.of(video, audio, options)
+        if on_plan is not None:
+            on_plan(run.plan)
         frames = synced = 0
         gaps: list[tuple[int, int]] = []
         with (
-            mixed_sound([audio, *(sound for _, sound in options.voices)]) as sound,
-            VideoWriter(output, like=reader, audio=sound, crf=16 if options.crf is None else options.crf) as writer,
+            mixed_sound((audio, options.audio_track), [voice for _, voice in options.voices]) as (sound, track),
+            VideoWriter(
+                output,
+                like=run.source.reader,
+                audio=sound,
+                track=track,
+                delay_ms=options.audio_delay_ms,
+                quality=options.quality,
+                crf=options.crf,
+                carry=True,
+            ) as writer,
             # Closed at once, also when writing fails: a kept traceback must not keep the threads running.
-            closing(self._frames(reader, video, audio, options, progress, clock, cast)) as made,
+            closing(self._frames(run, progress, clock)) as made,
         ):
             for done in made:
                 since = time.perf_counter()
@@ -197,7 +246,7 @@ class LipSync:
                         else [*gaps, (frames - 1, frames)]
                     )
             if not synced:
-                raise no_speaker(video, frames, cast)
+                raise no_speaker(video, frames, run.cast)
         seconds = time.perf_counter() - clock.started
         return SyncReport(
             output=Path(output),
@@ -219,39 +268,27 @@ class LipSync:
         progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[SyncedFrame]:
         """Frames of the result as they are made, equal to what :meth:`__call__` writes."""
-        return self._frames(VideoReader(video), video, audio, options or SyncOptions(), progress, _Clock())
+        return self._frames(_Run.of(video, audio, options or SyncOptions()), progress, _Clock())
 
     def _frames(
-        self,
-        reader: VideoReader,
-        video: PathLike,
-        audio: PathLike,
-        options: SyncOptions,
-        progress: Callable[[Progress], None] | None,
-        clock: _Clock,
-        cast: Cast | None = None,
+        self, run: _Run, progress: Callable[[Progress], None] | None, clock: _Clock
     ) -> Generator[SyncedFrame, None, None]:
-        sounds = [audio, *(sound for _, sound in options.voices)]
-        lengths = [count_speech_samples(sound) for sound in sounds]
-        for sound, length in zip(sounds, lengths, strict=True):
-            if not length:
-                raise MediaError(sound, "its sound has no samples", "use a file with speech in it")
-        samples = max(lengths)
-        source = BouncingReader(reader, samples)
-        total = _expected_frames(reader, samples)
-        cast = cast or Cast(reader, speakers_of(options))
-        reads = [SpeechReader(sound).read for sound in sounds]
-        session = Voices(self.engine, cast, reads, reader.time_base, self.seed, options)
+        source, total = run.source, run.plan.frames
+        ahead_frames = min(max(_AHEAD_BYTES // source.reader.frame_bytes, 2), _AHEAD)
+        reads = [speech.read for speech in run.speeches]
+        session = Voices(self.engine, run.cast, reads, source.reader.time_base, self.seed, run.options)
 
         def observed() -> Iterator[Looked]:
             for frame in source:
                 since = time.perf_counter()
                 seen = session.look(frame)
+                if frame.stored.width * frame.stored.height > _KEPT_IMAGE_PIXELS:
+                    frame.forget_image()
                 clock.add("faces", since)
                 yield seen
 
         def generated() -> Iterator[SyncedFrame]:
-            with Ahead(observed(), _AHEAD, "faces") as ahead:
+            with Ahead(observed(), ahead_frames, "faces") as ahead:
                 for seen in ahead:
                     since = time.perf_counter()
                     ready = session.push(seen)
@@ -260,7 +297,7 @@ class LipSync:
                 yield from session.finish()
 
         done = 0
-        with Ahead(generated(), _AHEAD, "mouths") as frames:
+        with Ahead(generated(), ahead_frames, "mouths") as frames:
             for frame in frames:
                 if clock.first is None:
                     clock.first = time.perf_counter() - clock.started
@@ -268,6 +305,7 @@ class LipSync:
                 if progress is not None:
                     progress(_progress(done, total, clock.started))
                 yield frame
+        run.plan.check(source.reader.path, source.pts, source.given, done)
 
 
 def _folder_of(model: PathLike) -> Path:
@@ -293,17 +331,6 @@ def _progress(done: int, total: int | None, started: float) -> Progress:
     fps = done / max(time.perf_counter() - started, 1e-6)
     left = None if total is None else max(0, total - done) / max(fps, 1e-6)
     return Progress("sync", done, total, fps, left)
-
-
-def _expected_frames(reader: VideoReader, samples: int) -> int | None:
-    """Frames of the result, as far as the headers tell; for the progress display only."""
-    speech = Fraction(samples, SPEECH_RATE)
-    from_speech = max(1, int((speech - TAIL) * reader.fps) + 1)
-    if reader.duration_seconds is None or reader.frames is None:
-        return from_speech
-    if abs(reader.duration_seconds - float(speech)) <= SLACK:
-        return reader.frames
-    return min(reader.frames, from_speech) if reader.duration_seconds > speech else from_speech
 
 
 def _fast_bfloat16() -> bool:

@@ -4,6 +4,7 @@ $ lipstream evaluate sync clips/*.mp4 --wrong-audio --json sync.json   # lips ag
 $ lipstream evaluate codec samples/ --model runs/codec/checkpoint.pt   # the codec against thumbnails
 $ lipstream evaluate fidelity talk.mp4 speech.wav                      # what must not change
 $ lipstream evaluate speed talk.mp4                                    # frames/s, first frame, memory
+$ lipstream evaluate torture                                           # every kind of video and hostile file
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lipstream.cli.common import EXIT_FAILED, EXIT_OK, UsageError, add_model, add_verbose, positive
+from lipstream.cli.common import EXIT_FAILED, EXIT_OK, UsageError, add_model, add_verbose, positive, silence_tflite
 
 if TYPE_CHECKING:  # torch and the face networks load only for the sub-command that needs them
     from lipstream.evaluation.reversed import ReversedResult
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # torch and the face networks load only for the sub-command t
 
 def add_parser(subparsers: Any) -> None:
     """Add `evaluate` and its sub-commands to the main parser's sub-parsers."""
-    evaluate = subparsers.add_parser("evaluate", help="measure a model: sync, codec, fidelity, speed")
+    evaluate = subparsers.add_parser("evaluate", help="measure a model: sync, codec, fidelity, speed, torture")
     actions = evaluate.add_subparsers(dest="evaluate_command", required=True, metavar="FIGURE")
     sync = actions.add_parser("sync", help="lips against speech: own speech onto the time-reversed picture")
     sync.add_argument("clips", type=Path, nargs="+", metavar="CLIP", help="25 fps videos with their own speech")
@@ -44,7 +45,11 @@ def add_parser(subparsers: Any) -> None:
     speed.add_argument("clip", type=Path, metavar="CLIP", help="a talking clip; scaled to 512 x 512 and looped")
     speed.add_argument("--audio", type=Path, help="speech (default: the clip's own)")
     speed.add_argument("--minutes", type=positive, nargs="+", default=[1, 10], help="input lengths (default: 1 10)")
-    for parser, action in ((sync, _sync), (codec, _codec), (fidelity, _fidelity), (speed, _speed)):
+    torture = actions.add_parser("torture", help="every kind of video that people bring, and files that attackers send")
+    torture.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose names begin so")
+    torture.add_argument("--long", action="store_true", help="also the cases that take minutes")
+    measures = ((sync, _sync), (codec, _codec), (fidelity, _fidelity), (speed, _speed), (torture, _torture))
+    for parser, action in measures:
         parser.add_argument("--json", type=Path, metavar="OUT", help="write every figure to a file")
         add_model(parser)
         add_verbose(parser)
@@ -165,3 +170,20 @@ def _speed(args: argparse.Namespace) -> int:
     print(f"warm: {warm.fps:.1f} frames/s, first frame after {warm.first_frame_seconds:.2f} s")
     _write(args.json, figures)
     return EXIT_OK
+
+
+def _torture(args: argparse.Namespace) -> int:
+    from lipstream.cli.demo import demo_files
+    from lipstream.evaluation.torture import as_markdown, cases, run_cases
+
+    chosen, outcomes = cases(args.only, long=args.long), []
+    silence_tflite()
+    with demo_files() as (clip, speech):
+        for outcome in run_cases(_load(args), chosen, clip, speech):
+            outcomes.append(outcome)
+            state = "kept" if outcome.kept else "BROKEN"
+            print(f"{outcome.name}: {state} ({outcome.seconds:.1f} s): {outcome.found}", flush=True)
+    broken = sum(not outcome.kept for outcome in outcomes)
+    print(f"\n{as_markdown(outcomes)}\n\n{len(outcomes) - broken} of {len(outcomes)} promises kept")
+    _write(args.json, [asdict(outcome) for outcome in outcomes])
+    return EXIT_FAILED if broken else EXIT_OK

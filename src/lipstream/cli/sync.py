@@ -6,8 +6,9 @@ $ lipstream sync talk.mp4 speech.wav -o out.mp4
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lipstream.cli.common import (
     EXIT_OK,
@@ -16,17 +17,21 @@ from lipstream.cli.common import (
     add_model,
     add_verbose,
     load_model,
+    positive,
     show_progress,
     silence_tflite,
     summary,
 )
-from lipstream.media.opening import open_media
-from lipstream.options import SyncOptions
+from lipstream.media.encoder import Quality
+from lipstream.media.plan import Plan
+from lipstream.media.probe import probe
+from lipstream.media.timeline import Fit, Length
+from lipstream.options import Silence, SyncOptions
 
 DESCRIPTION = (
     "Write VIDEO with lips that speak AUDIO. Size, frames and timestamps stay; AUDIO becomes the sound. Speech longer "
-    "than the video plays the video forwards and backwards; shorter speech cuts it. Frames without a face stay as "
-    "they are and are reported."
+    "than the video plays the video forwards and backwards; shorter speech cuts it (--fit and --length choose "
+    "otherwise). Frames without a face stay as they are and are reported."
 )
 
 
@@ -38,11 +43,54 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="result: .mp4, .mov or .mkv")
     add_model(parser)
     add_full_size(parser)
-    parser.add_argument("--crf", type=int, help="quality of the video, lower is better (default: 16)")
-    add_speech(parser)
+    add_sync_options(parser)
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     add_verbose(parser)
     parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `lipstream sync`; returns the exit status."""
+    options = sync_options(args)
+    sounds = (args.audio, *(Path(file) for _, file in options.voices))
+    check_output(args.output, (args.video, *sounds), force=args.force)
+    probe(args.video, need="video")  # a wrong file is reported before torch is loaded
+    for sound in sounds:
+        probe(sound, need="audio")
+
+    def tell(plan: Plan) -> None:
+        print(f"{args.output}: {plan}", file=sys.stderr, flush=True)
+
+    silence_tflite()
+    lipsync = load_model(args)
+    with show_progress() as report:
+        result = lipsync(args.video, args.audio, args.output, options=options, progress=report, on_plan=tell)
+    print(summary(result))
+    return EXIT_OK
+
+
+def add_sync_options(parser: argparse.ArgumentParser) -> None:
+    """The options of one run, whatever its files: those of `SyncOptions`."""
+    parser.add_argument(
+        "--fit", choices=get_args(Fit), help="who decides how long the result is (default: audio; see --length)"
+    )
+    parser.add_argument(
+        "--length",
+        choices=get_args(Length),
+        help="how the shorter side is filled: the video by bounce (default), loop or freeze; the speech by silence "
+        "(this means --fit video); cut ends the result with the shorter one. What is too long is always cut",
+    )
+    parser.add_argument(
+        "--audio-delay", type=int, default=0, metavar="MS", help="speech starts later, or loses its start if negative"
+    )
+    parser.add_argument(
+        "--audio-track", type=positive, metavar="N", help="which sound of AUDIO (default: the one marked default, or 1)"
+    )
+    parser.add_argument(
+        "--quality", choices=get_args(Quality), default="good", help="preset of the video encoder (default: good)"
+    )
+    parser.add_argument("--crf", type=int, help="instead of the preset's own; lower is better (good: 16)")
+    add_speech(parser)
 
 
 def add_speech(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +113,9 @@ def add_speech(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--silence",
-        choices=("close", "source", "model"),
-        help="where the speech is silent: close the lips (default), show the source's own mouth, or leave it to the model",
+        choices=get_args(Silence),
+        help="where the speech is silent: close the lips (default), show the source's own mouth, or leave it to the "
+        "model (default at full size)",
     )
     group.add_argument(
         "--strength", type=float, default=1.0, help="how far the lips move, 0 to 2; 0.7 to 1.3 is safe (default: 1)"
@@ -81,27 +130,20 @@ def voice(text: str) -> tuple[str, str]:
     return who, file
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run `lipstream sync`; returns the exit status."""
-    options = SyncOptions(
+def sync_options(args: argparse.Namespace) -> SyncOptions:
+    """What the options of `add_sync_options` say."""
+    return SyncOptions(
+        fit=args.fit,
+        length=args.length,
+        audio_delay_ms=args.audio_delay,
+        audio_track=args.audio_track,
+        quality=args.quality,
         crf=args.crf,
         speaker=args.speaker,
         voices=tuple(args.voice),
         strength=args.strength,
         silence=args.silence,
     )
-    sounds = (args.audio, *(Path(file) for _, file in options.voices))
-    check_output(args.output, (args.video, *sounds), force=args.force)
-    open_media(args.video, need="video").close()  # a wrong file is reported before torch is loaded
-    for sound in sounds:
-        open_media(sound, need="audio").close()
-
-    silence_tflite()
-    lipsync = load_model(args)
-    with show_progress() as report:
-        result = lipsync(args.video, args.audio, args.output, options=options, progress=report)
-    print(summary(result))
-    return EXIT_OK
 
 
 def check_output(output: Path, inputs: tuple[Path, ...], *, force: bool) -> None:

@@ -1,7 +1,7 @@
 """What must not change: frames, timestamps, size, rotation, and every pixel outside the mouth mask.
 
 Pixels are compared before encoding, in the source's own YUV planes, sample by sample. The result is also written
-losslessly (crf 0) and read back, which shows that `stream()` and the file hold the same pictures.
+with quality lossless and read back, which shows that `stream()` and the file hold the same pictures.
 
     lipstream evaluate fidelity VIDEO AUDIO
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
@@ -52,7 +52,7 @@ class StreamingSynchroniser(Protocol):
         """Write a file."""
         ...
 
-    def stream(self, video: Path, audio: Path) -> Iterator[SyncedLike]:
+    def stream(self, video: Path, audio: Path, *, options: SyncOptions) -> Iterator[SyncedLike]:
         """The same frames one by one."""
         ...
 
@@ -122,20 +122,34 @@ def max_difference(a: SourceFrame, b: SourceFrame) -> int:
     return max(int(np.abs(x.astype(np.int16) - y.astype(np.int16)).max()) for x, y in pairs)
 
 
-def check_fidelity(sync: StreamingSynchroniser, video: Path, audio: Path) -> Fidelity:
-    """Run a video once as a stream and once as a file, and compare both with the source."""
+def check_fidelity(
+    sync: StreamingSynchroniser, video: Path, audio: Path, options: SyncOptions | None = None, suffix: str = ".mp4"
+) -> Fidelity:
+    """Run a video once as a stream and once as a file, and compare both with the source.
+
+    Args:
+        options: of the run; its quality is taken as lossless.
+        suffix: type of the file.
+    """
+    options = replace(options or SyncOptions(), quality="lossless", crf=None)
     reader = VideoReader(video)
-    expected = BouncingReader(reader, count_speech_samples(audio))
+    samples = count_speech_samples(audio, options.audio_track, options.audio_delay_ms)
+    expected = BouncingReader(reader, samples, length=options.resolved_length, fit=options.resolved_fit)
     with tempfile.TemporaryDirectory(prefix="lipstream-evaluate-") as folder:
-        output = Path(folder) / "lossless.mp4"
-        sync(video, audio, output, options=SyncOptions(crf=0))
+        output = Path(folder) / f"lossless{suffix}"
+        sync(video, audio, output, options=options)
         written = VideoReader(output)
-        size_differs = (written.stored_size, written.display_matrix, written.pix_fmt) != (
+        size_differs = (written.stored_size, written.display_matrix, _kept(written.pix_fmt)) != (
             reader.stored_size,
             reader.display_matrix,
-            reader.pix_fmt,
+            _kept(reader.pix_fmt),
         )
-        return _compare(iter(expected), sync.stream(video, audio), iter(written), size_differs)
+        return _compare(iter(expected), sync.stream(video, audio, options=options), iter(written), size_differs)
+
+
+def _kept(pix_fmt: str) -> str:
+    """The format that a decoder names after encoding: interleaved chroma comes back in planes of its own."""
+    return "yuv420p" if pix_fmt == "nv12" else pix_fmt
 
 
 def _compare(

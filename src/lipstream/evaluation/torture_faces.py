@@ -35,7 +35,7 @@ Image = NDArray[np.uint8]
 SIDE = 224  # px of an actor's picture
 FPS = 25
 # Two people of the renderer that also look different to a person.
-ONE, OTHER = 3, 12
+ONE, OTHER = 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +144,14 @@ def _keeps(name: str, speaker: str, done: list[SyncedFrame], own: list[float], o
     centres = [_changed(frame) for frame in done]
     apart = [abs(x - y) > 0.6 * SIDE for x, y in zip(own, other, strict=True)]
     wrong = [
-        i
-        for i, c in enumerate(centres)
-        if c is not None and apart[i] and abs(c[0] - other[i]) < abs(c[0] - own[i])
+        i for i, c in enumerate(centres) if c is not None and apart[i] and abs(c[0] - other[i]) < abs(c[0] - own[i])
     ]
     flags = [c is not None for c in centres]
     start, end = _span(flags, 0, 12), _span(flags, len(flags) - 8, len(flags))
     passed = not wrong and start == 1 and end == 1
-    detail = f"{len(wrong)} frames changed the other person; spoke in {start:.0%} before and {end:.0%} after they crossed"
+    detail = (
+        f"{len(wrong)} frames changed the other person; spoke in {start:.0%} before and {end:.0%} after they crossed"
+    )
     return CaseResult(
         name=name, promise=f"the {speaker} person speaks before and after they cross", passed=passed, detail=detail
     )

@@ -1,6 +1,6 @@
 """The sound of several voices in one file: their sum, each from time 0, as long as the longest.
 
->>> with mixed_sound(["a.wav", "b.wav"]) as path: writer = VideoWriter("out.mp4", like=reader, audio=path)
+>>> with mixed_sound(("a.wav", None), ["b.wav"]) as (path, track): writer = VideoWriter("out.mp4", like=reader, audio=path)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeAlias
 
 import av
 import numpy as np
@@ -19,28 +20,29 @@ from numpy.typing import NDArray
 from lipstream.media.speech import cut_samples, decode_audio
 
 MIX_RATE = 48_000
+Sound: TypeAlias = tuple[str | os.PathLike[str], int | None]  # a file and which of its sounds, None: its own choice
 
 
 @contextmanager
-def mixed_sound(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str | os.PathLike[str]]:
-    """A file with the sum of all sounds, valid inside of the ``with``; a single sound is its own file.
+def mixed_sound(first: Sound, others: Sequence[str | os.PathLike[str]]) -> Iterator[Sound]:
+    """A file with the sum of all sounds and its track, valid inside of the ``with``; a single sound is its own file.
 
     The mix is stereo, 48 kHz, 16 bit. A sum beyond full scale is limited smoothly, never wrapped.
     """
-    if len(paths) == 1:
-        yield paths[0]
+    if not others:
+        yield first
         return
     with tempfile.TemporaryDirectory(prefix="lipstream-mix-") as folder:
-        path = Path(folder) / "mix.wav"
-        _write(path, [_Reader(source) for source in paths])
-        yield path
+        mix = Path(folder) / "mix.wav"
+        _write(mix, [_Reader(*first), *(_Reader(path) for path in others)])
+        yield mix, None
 
 
-def _sound(path: str | os.PathLike[str]) -> Iterator[NDArray[np.float32]]:
+def _sound(path: str | os.PathLike[str], track: int | None) -> Iterator[NDArray[np.float32]]:
     """A file's sound from time 0 in blocks [2, n], stereo at MIX_RATE; missing sound is silence."""
     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=MIX_RATE)
     given = 0
-    for frame, start, count in decode_audio(path):
+    for frame, start, count in decode_audio(path, track):
         skip = min(max(-round(start * frame.sample_rate), 0), count)
         if skip == count:
             continue
@@ -59,8 +61,8 @@ def _sound(path: str | os.PathLike[str]) -> Iterator[NDArray[np.float32]]:
 class _Reader:
     """Sound in pieces of equal size."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._blocks = _sound(path)
+    def __init__(self, path: str | os.PathLike[str], track: int | None = None) -> None:
+        self._blocks = _sound(path, track)
         self._rest = np.zeros((2, 0), np.float32)
 
     def read(self, samples: int) -> NDArray[np.float32]:

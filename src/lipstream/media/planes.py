@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-# 8-bit formats whose planes are edited in place -> log2 of the chroma step (x, y).
-CHROMA_SHIFT = {
+# Formats whose planes are edited in place -> log2 of the chroma step (x, y).
+_EIGHT_BIT = {
     "yuv420p": (1, 1),
     "yuvj420p": (1, 1),
     "nv12": (1, 1),
@@ -26,6 +26,12 @@ CHROMA_SHIFT = {
     "yuv444p": (0, 0),
     "yuvj444p": (0, 0),
 }
+_DEEP = {
+    f"yuv{name}p{bits}le": shift
+    for name, shift in (("420", (1, 1)), ("422", (1, 0)), ("444", (0, 0)))
+    for bits in (10, 12)
+}
+CHROMA_SHIFT = _EIGHT_BIT | _DEEP
 # AVColorSpace -> (Kr, Kb); 2 (unspecified) is decided by the picture's size as players do.
 LUMA_WEIGHTS = {
     1: (0.2126, 0.0722),
@@ -77,8 +83,18 @@ class Orientation:
         return (y0, x0, y1, x1) if self.transpose else (x0, y0, x1, y1)
 
 
+def bit_depth(pix_fmt: str) -> int:
+    """Bits of a sample in one of the `CHROMA_SHIFT` formats."""
+    return int(pix_fmt[-4:-2]) if pix_fmt in _DEEP else 8
+
+
+def sample_bytes(pix_fmt: str) -> int:
+    """Bytes of a sample in memory."""
+    return 1 if bit_depth(pix_fmt) == 8 else 2
+
+
 def is_full_range(frame: av.VideoFrame) -> bool:
-    """Whether 8-bit luma uses 0..255 instead of 16..235."""
+    """Whether luma uses all codes (0..255 at 8 bits) instead of 16..235."""
     return frame.format.name.startswith("yuvj") or int(frame.color_range) == 2
 
 
@@ -115,15 +131,24 @@ def rgb_to_yuv(rgb: NDArray[np.generic], space: int, full_range: bool) -> NDArra
     return np.asarray(cv2.transform(rgb.astype(np.float32), affine), np.float32)
 
 
-def plane_arrays(frame: av.VideoFrame) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
-    """Writable views of Y [H, W], Cb and Cr [h, w] of a frame in one of the `CHROMA_SHIFT` formats."""
+Plane = NDArray[np.uint8] | NDArray[np.uint16]
 
-    def view(index: int, width: int) -> NDArray[np.uint8]:
+
+def plane_arrays(frame: av.VideoFrame) -> tuple[Plane, Plane, Plane]:
+    """Writable views of Y [H, W], Cb and Cr [h, w] of a frame in one of the `CHROMA_SHIFT` formats.
+
+    uint8, or uint16 with the sample in the low bits.
+    """
+    name = frame.format.name
+    kind = np.dtype(np.uint8) if bit_depth(name) == 8 else np.dtype("<u2")
+
+    def view(index: int, width: int) -> Plane:
         plane = frame.planes[index]
-        rows: NDArray[np.uint8] = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
-        return rows[: plane.height, :width]
+        rows: Any = np.frombuffer(memoryview(plane), kind).reshape(-1, plane.line_size // kind.itemsize)
+        cut: Plane = rows[: plane.height, :width]
+        return cut
 
-    if frame.format.name == "nv12":
+    if name == "nv12":
         pairs = view(1, 2 * frame.planes[1].width)
         return view(0, frame.planes[0].width), pairs[:, 0::2], pairs[:, 1::2]
     y, cb, cr = (view(i, frame.planes[i].width) for i in range(3))
@@ -150,10 +175,10 @@ def blend_box(
 ) -> None:
     """Blend rgb [h, w, 3] into the frame's own planes at origin (x, y), stored orientation, in place.
 
-    alpha [h, w] in 0..1. A luma sample changes where alpha > 0, a chroma sample where all of its pixels have
-    alpha > 0, so no pixel with alpha 0 changes in any plane. `reference` [h, w, 3] is what the same box looks like
-    in RGB now: the planes move by the difference, so the rounding of the conversion cancels and a patch equal to
-    the reference changes nothing.
+    alpha [h, w] in 0..1; rgb in 0..255 at every bit depth. A luma sample changes where alpha > 0, a chroma sample
+    where all of its pixels have alpha > 0, so no pixel with alpha 0 changes in any plane. `reference` [h, w, 3] is
+    what the same box looks like in RGB now: the planes move by the difference, so the rounding of the conversion
+    cancels and a patch equal to the reference changes nothing.
     """
     shift_x, shift_y = CHROMA_SHIFT[frame.format.name]
     step_x, step_y = 1 << shift_x, 1 << shift_y
@@ -172,7 +197,10 @@ def blend_box(
     # A clipped reference lost the colour that its samples hold: there the patch alone decides.
     faithful = reduce(np.logical_and, [(c > 0) & (c < 255) for c in (reference[..., i] for i in range(3))])
     luma, cb, cr = plane_arrays(frame)
-    _blend(luma, after[..., 0], before[..., 0], faithful, alpha, x0, y0)
+    highest = (1 << bit_depth(frame.format.name)) - 1
+    # Limited range keeps its codes and appends bits; full range stretches to the new highest code.
+    gain = highest / 255 if full else (highest + 1) / 256
+    _blend(luma, after[..., 0], before[..., 0], faithful, alpha, (x0, y0), gain, highest)
 
     def corners(values: NDArray[Any]) -> list[NDArray[Any]]:
         # The pixels of each chroma cell, one array per place in the cell (far faster than reducing tiny axes).
@@ -185,19 +213,28 @@ def blend_box(
     faithful = reduce(np.logical_and, corners(faithful))
     for index, plane in ((1, cb), (2, cr)):
         new, old = mean(after[..., index]), mean(before[..., index])
-        _blend(plane, new, old, faithful, weight, x0 >> shift_x, y0 >> shift_y)
+        # Chroma's middle is half of all codes in both ranges.
+        place = x0 >> shift_x, y0 >> shift_y
+        _blend(plane, new, old, faithful, weight, place, gain, highest, middle=(highest + 1) / 2 - 128 * gain)
 
 
 def _blend(
-    plane: NDArray[np.uint8],
+    plane: Plane,
     after: NDArray[np.float32],
     before: NDArray[np.float32],
     faithful: NDArray[np.bool_],
     alpha: NDArray[np.float32],
-    x: int,
-    y: int,
+    place: tuple[int, int],
+    gain: float,
+    highest: int,
+    middle: float = 0.0,
 ) -> None:
-    """Move plane[y:, x:] by alpha of the way to `after`; samples with alpha 0 are not touched. All [h, w]."""
+    """Move plane[y:, x:] by alpha of the way to `after`; samples with alpha 0 are not touched. All [h, w].
+
+    after and before are 8-bit codes; a code c of the plane is c * gain + middle.
+    """
+    x, y = place
     part = plane[y : y + alpha.shape[0], x : x + alpha.shape[1]]
-    moved = part + alpha * (after - np.where(faithful, before, part))
-    np.copyto(part, np.clip(np.rint(moved), 0, 255).astype(np.uint8), where=alpha > 0)
+    step = np.where(faithful, np.float32(gain) * (after - before), np.float32(gain) * after + np.float32(middle) - part)
+    moved = part + alpha * step
+    np.copyto(part, np.clip(np.rint(moved), 0, highest).astype(part.dtype), where=alpha > 0)

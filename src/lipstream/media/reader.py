@@ -16,17 +16,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
 import av
+import av.filter
 import numpy as np
 from av.sidedata.sidedata import SideData
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from lipstream.media.encoder import HdrTags, hdr_tags
 from lipstream.media.opening import MediaError, open_media, picture_stream
-from lipstream.media.planes import CHROMA_SHIFT, Orientation, blend_box, copy_frame, is_full_range, luma_space, to_rgb
+from lipstream.media.planes import (
+    CHROMA_SHIFT,
+    Orientation,
+    blend_box,
+    copy_frame,
+    is_full_range,
+    luma_space,
+    sample_bytes,
+    to_rgb,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +62,7 @@ class SourceFrame:
     Attributes:
         index: place in the sequence being read, from 0.
         pts: timestamp in units of time_base.
-        duration_pts: how long it shows, same unit.
+        duration_pts: how long it shows (until the next frame of its sequence), same unit.
         stored: the decoded frame in its own YUV format, not turned.
         orientation: what turns stored pixels upright.
     """
@@ -71,6 +83,10 @@ class SourceFrame:
     def image(self) -> NDArray[np.uint8]:
         """Upright RGB, uint8 [H, W, 3], contiguous; converted on first use."""
         return np.ascontiguousarray(self.orientation.upright(to_rgb(self.stored)), np.uint8)
+
+    def forget_image(self) -> None:
+        """Let go of the RGB picture; it is converted again when it is asked for."""
+        self.__dict__.pop("image", None)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -112,6 +128,12 @@ def replace_region(
     return changed
 
 
+def _lasting(frame: SourceFrame, duration_pts: int) -> SourceFrame:
+    """The frame, showing for so long."""
+    frame.stored.duration = duration_pts
+    return replace(frame, duration_pts=duration_pts)
+
+
 class VideoReader:
     """The first video stream of a file. Iterating starts from the beginning each time.
 
@@ -125,6 +147,8 @@ class VideoReader:
         orientation: the same as an operation on arrays.
         colour: colour tags.
         pix_fmt: format of the frames given out (what the writer encodes).
+        hdr: static HDR metadata.
+        interlaced: whether the file is interlaced; the frames given out are not.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 1) -> None:
@@ -155,8 +179,16 @@ class VideoReader:
             )
             self.display_matrix = display_matrix(first)
             self.orientation = Orientation.from_matrix(self.display_matrix)
+            self.hdr: HdrTags = hdr_tags(first)
+            self.interlaced = bool(first.interlaced_frame)
+            self._say_what_changes(first, stream)
         turned = self.orientation.transpose
         self.width, self.height = self.stored_size[::-1] if turned else self.stored_size
+
+    @property
+    def frame_bytes(self) -> int:
+        """What one stored frame takes in memory, at least."""
+        return self.width * self.height * 3 * sample_bytes(self.pix_fmt) // 2
 
     def __enter__(self) -> VideoReader:
         return self
@@ -178,14 +210,19 @@ class VideoReader:
             if seek_pts is not None:
                 container.seek(seek_pts, stream=self._stream(container), backward=True, any_frame=False)
             index = 0
-            for decoded in self._decode(container):
+            held: SourceFrame | None = None  # the containers' own durations are decoding times: the next frame tells
+            for decoded in self._progressive(container) if self.interlaced else self._decode(container):
                 pts = decoded.pts if decoded.pts is not None else (0 if last is None else last + step)
                 if last is not None and pts <= last:
                     logger.warning("%s: frame %d repeats timestamp %d; moved by one tick", self.path, index, pts)
                     pts = last + 1
                 last = pts
-                yield self._frame(decoded, index, pts, decoded.duration or step)
+                if held is not None:
+                    yield _lasting(held, pts - held.pts)
+                held = self._frame(decoded, index, pts, decoded.duration or step)
                 index += 1
+            if held is not None:
+                yield held
         if seek_pts is None and index == 0:
             raise MediaError(self.path, "its video stream has no readable frame", "copy or download it again")
         if seek_pts is None and self.frames is not None and index < self.frames:
@@ -246,6 +283,40 @@ class VideoReader:
                 raise MediaError(self.path, f"cannot be read further ({error})", "copy it again") from error
             yield from decoded
 
+    def _progressive(self, container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+        """Decoded frames without their comb: as many, at the same times."""
+        graph: av.filter.Graph | None = None
+        waiting: dict[Fraction, av.VideoFrame] = {}
+        for decoded in chain(self._decode(container), [None]):
+            if graph is None:
+                if decoded is None:
+                    return
+                graph = _deinterlacer(self._stream(container), decoded)
+            if decoded is not None:
+                waiting[Fraction(decoded.pts or 0) * self.time_base] = decoded
+            graph.push(decoded)
+            while True:
+                try:
+                    frame = graph.pull()
+                except (av.BlockingIOError, av.EOFError):
+                    break
+                assert isinstance(frame, av.VideoFrame)
+                # The filter counts in half ticks and loses tags.
+                like = waiting.pop(Fraction(frame.pts or 0) * Fraction(frame.time_base or 1), None)
+                if like is None:
+                    continue
+                frame.pts, frame.time_base, frame.duration = like.pts, like.time_base, like.duration
+                frame.color_range, frame.colorspace = like.color_range, like.colorspace
+                frame.color_primaries, frame.color_trc = like.color_primaries, like.color_trc
+                yield frame
+
+    def _say_what_changes(self, first: av.VideoFrame, stream: VideoStream) -> None:
+        """Warn about what the result cannot keep."""
+        if any(c.is_alpha for c in first.format.components) or stream.metadata.get("alpha_mode") == "1":
+            logger.warning("%s: has transparency; the result is opaque", self.path)
+        if self.interlaced:
+            logger.warning("%s: is interlaced; the result is deinterlaced, frame by frame", self.path)
+
     def _stream(self, container: av.container.InputContainer) -> VideoStream:
         stream = picture_stream(container)
         assert stream is not None  # open_media(need="video") made sure
@@ -267,12 +338,27 @@ class VideoReader:
         """The frame's own format where its planes can be edited, else the nearest one that can."""
         name = frame.format.name
         odd = frame.width % 2 or frame.height % 2
-        if name in CHROMA_SHIFT and not (odd and name not in ("yuv444p", "yuvj444p")):
+        if name in CHROMA_SHIFT and not (odd and CHROMA_SHIFT[name] != (0, 0)):
             return name
         grey_or_420 = "420" in name or "gray" in name or name.startswith(("nv", "p0"))
-        target = "yuv444p" if odd else "yuv420p" if grey_or_420 else "yuv422p" if "422" in name else "yuv444p"
-        logger.info("%s: %s %dx%d is processed as 8-bit %s", self.path, name, *self.stored_size, target)
+        chroma = "444" if odd else "420" if grey_or_420 else "422" if "422" in name or name[:2] == "p2" else "444"
+        deepest = max(component.bits for component in frame.format.components)
+        target = f"yuv{chroma}p" + ("" if deepest <= 8 else "10le" if deepest <= 10 else "12le")
+        logger.info("%s: %s %dx%d is processed as %s", self.path, name, *self.stored_size, target)
         return target
+
+
+def _deinterlacer(stream: VideoStream, first: av.VideoFrame) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=first.width, height=first.height, format=first.format, name="in", time_base=stream.time_base
+    )
+    comb = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    sink = graph.add("buffersink")
+    source.link_to(comb)
+    comb.link_to(sink)
+    graph.configure()
+    return graph
 
 
 def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:

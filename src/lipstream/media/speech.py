@@ -1,7 +1,8 @@
 """Speech for the models: float32 mono at 16 kHz from any audio or video file, streamed.
 
 Encoder delay and padding are trimmed, so that two seconds of speech are 32000 samples and sample 0 is time 0. In a
-video file, time 0 is the first picture; sound before it is dropped, and missing sound is silence.
+video file, time 0 is the first picture; sound before it is dropped, and missing sound is silence. Of several sounds
+the one marked as default is heard, else the first; `track` chooses another (1 is the first).
 
     >>> samples = load_speech("speech.m4a")  # float32 [samples], -1..1
 """
@@ -17,10 +18,11 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from lipstream.media.opening import MediaError, open_media, picture_stream, seconds
+from lipstream.media.opening import MediaError, open_media, picture_stream, seconds, sound_stream
 from lipstream.media.timeline import SPEECH_RATE
 
 BLOCK_SAMPLES = 16_000
+SAMPLES_PER_MS = SPEECH_RATE // 1000
 
 
 def audio_origin(container: av.container.InputContainer) -> Fraction | None:
@@ -38,13 +40,15 @@ def layout_name(layout: av.AudioLayout) -> str:
     return usual.get(count, layout.name) if layout.name.endswith(" channels") else layout.name
 
 
-def decode_audio(path: str | os.PathLike[str]) -> Iterator[tuple[av.AudioFrame, Fraction, int]]:
-    """Frames of the first audio stream with the time of their first sample and how many samples count.
+def decode_audio(
+    path: str | os.PathLike[str], track: int | None = None
+) -> Iterator[tuple[av.AudioFrame, Fraction, int]]:
+    """Frames of one audio stream with the time of their first sample and how many samples count.
 
     Time is in seconds from time 0 (see the module); negative times are before it.
     """
     with open_media(path, need="audio") as container:
-        stream = container.streams.audio[0]
+        stream = sound_stream(path, container, track)
         origin = audio_origin(container)
         end: Fraction | None = None
         if container.format.name.startswith("mov") and stream.duration is not None:
@@ -78,8 +82,23 @@ def _frames(
         raise MediaError(path, f"its sound is damaged ({error})", "copy or convert it again") from error
 
 
-def speech_blocks(path: str | os.PathLike[str]) -> Iterator[NDArray[np.float32]]:
-    """The speech in blocks of any length, float32 [samples] at 16 kHz."""
+def speech_blocks(
+    path: str | os.PathLike[str], track: int | None = None, delay_ms: int = 0
+) -> Iterator[NDArray[np.float32]]:
+    """The speech in blocks of any length, float32 [samples] at 16 kHz; silence before it, or its start dropped."""
+    late = delay_ms * SAMPLES_PER_MS
+    for _ in range(0, late, BLOCK_SAMPLES):
+        yield np.zeros(min(late, BLOCK_SAMPLES), np.float32)
+        late -= BLOCK_SAMPLES
+    early = max(-delay_ms * SAMPLES_PER_MS, 0)
+    for block in _blocks(path, track):
+        dropped, early = block[:early], max(early - block.size, 0)
+        if dropped.size < block.size:
+            yield block[dropped.size :]
+
+
+def _blocks(path: str | os.PathLike[str], track: int | None) -> Iterator[NDArray[np.float32]]:
+    """The speech as the file has it."""
     resampler: av.AudioResampler | None = None
     shape: tuple[int, str, str] | None = None
     taken = Fraction(0)  # seconds of input handed to the resampler, from time 0
@@ -98,7 +117,7 @@ def speech_blocks(path: str | os.PathLike[str]) -> Iterator[NDArray[np.float32]]
             if block.size:
                 yield block
 
-    for frame, start, count in decode_audio(path):
+    for frame, start, count in decode_audio(path, track):
         rate = frame.sample_rate
         skip = min(max(round((taken - start) * rate), 0), count)
         if skip == count:
@@ -155,9 +174,9 @@ def _silence(frame: av.AudioFrame, samples: int) -> Iterator[av.AudioFrame]:
 class SpeechReader:
     """Speech in pieces of the caller's size; memory holds one piece."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], track: int | None = None, delay_ms: int = 0) -> None:
         self.path = os.fspath(path)
-        self._blocks = speech_blocks(path)
+        self._blocks = speech_blocks(path, track, delay_ms)
         self._rest = np.zeros(0, np.float32)
         self.position_samples = 0
 
@@ -189,6 +208,6 @@ def load_speech(path: str | os.PathLike[str]) -> NDArray[np.float32]:
     return np.concatenate(blocks)
 
 
-def count_speech_samples(path: str | os.PathLike[str]) -> int:
+def count_speech_samples(path: str | os.PathLike[str], track: int | None = None, delay_ms: int = 0) -> int:
     """Exact number of 16 kHz samples, by decoding once in constant memory."""
-    return sum(block.size for block in speech_blocks(path))
+    return sum(block.size for block in speech_blocks(path, track, delay_ms))

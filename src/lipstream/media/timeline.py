@@ -2,9 +2,9 @@
 
 Times count from the first source frame. Model frame i stands at i/25 s and hears speech samples [640 i, 640 (i+1)).
 The model sees, at i/25 s, the source frame that a player would show then; how a source frame between two model frames
-gets its mouth is the session's to say. Frame counts follow the speech: a longer source is cut, a shorter one plays
-forwards and backwards without repeating its end frames. Chunks are 9 pixel frames first and 12 after (3 latent
-frames each, the codec packing 1 + 4 + 4 and then 4 + 4 + 4).
+gets its mouth is the session's to say. Unless told otherwise, frame counts follow the speech: a longer source is cut, a
+shorter one plays forwards and backwards without repeating its end frames. Chunks are 9 pixel frames first and 12
+after (3 latent frames each, the codec packing 1 + 4 + 4 and then 4 + 4 + 4).
 
     >>> timeline = Timeline(pts=[0, 1, 2], time_base=Fraction(1, 25), last_duration_pts=1, speech_samples=3200)
     >>> [timeline.source_index(k) for k in range(timeline.output_frames)]  # [0, 1, 2, 1, 0]
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 MODEL_FPS = 25
 SPEECH_RATE = 16_000
@@ -26,6 +26,14 @@ CHUNK_PIXEL_FRAMES = 12
 TAIL = Fraction(1, 2 * MODEL_FPS)
 # Containers end audio and video a codec frame or two apart: so close, both end together and all frames are kept.
 SLACK = Fraction(1, 20)
+
+# No filling frame is shorter: a last frame of one tick would be repeated thousands of times.
+SHORTEST_FRAME = Fraction(1, 240)
+
+Length = Literal["cut", "loop", "bounce", "freeze", "silence"]
+Fit = Literal["video", "audio"]
+# Who decides the duration -> what may fill the other one: pictures can be repeated, speech only followed by silence.
+FILLS: dict[Fit, tuple[Length, ...]] = {"audio": ("bounce", "loop", "freeze", "cut"), "video": ("silence", "cut")}
 
 T = TypeVar("T")
 
@@ -80,6 +88,37 @@ def bounce_pts(position: int, pts: Sequence[int], last_duration_pts: int) -> int
     return pts[0] + leg * span + inside
 
 
+def filling_duration(last_duration_pts: int, time_base: Fraction) -> int:
+    """How long a source's last frame counts where pictures are repeated after it, in ticks."""
+    return max(last_duration_pts, -(-SHORTEST_FRAME // time_base))
+
+
+def fill_index(position: int, frames: int, length: Length) -> int:
+    """The source frame at a position of the result, for any way of filling."""
+    if length == "loop":
+        return position % frames
+    if length == "freeze":
+        return min(position, frames - 1)
+    return bounce_index(position, frames)
+
+
+def fill_pts(position: int, pts: Sequence[int], last_duration_pts: int, length: Length) -> int:
+    """The continuing timestamp of a position, for any way of filling; see `bounce_pts`.
+
+    A loop goes on when the last frame has been shown; a frozen frame is repeated as often as frames came on average.
+    """
+    frames = len(pts)
+    if length == "loop":
+        turn, place = divmod(position, frames)
+        return turn * (pts[-1] - pts[0] + last_duration_pts) + pts[place]
+    if length == "freeze":
+        if position < frames:
+            return pts[position]
+        step = max((pts[-1] - pts[0]) // (frames - 1), 1) if frames > 1 else last_duration_pts
+        return pts[-1] + last_duration_pts + (position - frames) * step
+    return bounce_pts(position, pts, last_duration_pts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChunkSpan:
     """Model frames [start, stop) of a chunk, of which the first `valid` exist; the rest repeats the last one."""
@@ -126,13 +165,16 @@ class Timeline:
         pts: timestamps of every source frame, strictly increasing.
         time_base: their unit.
         last_duration_pts: how long the last source frame shows.
-        speech_samples: length of the speech at 16 kHz.
+        speech_samples: length of the speech at 16 kHz, delay included.
+        length, fit: how both are made to last as long; see `FILLS`.
     """
 
     pts: Sequence[int]
     time_base: Fraction
     last_duration_pts: int
     speech_samples: int
+    length: Length = "bounce"
+    fit: Fit = "audio"
 
     def __post_init__(self) -> None:
         if not self.pts:
@@ -143,22 +185,32 @@ class Timeline:
             raise ValueError(f"speech_samples must not be negative, got {self.speech_samples}")
 
     @property
-    def bounces(self) -> bool:
-        """Whether the source is played back and forth to last as long as the speech."""
-        return needs_bounce(self._end_pts, self.time_base, self.speech_samples)
+    def fills(self) -> bool:
+        """Whether the source is shorter than the speech and its pictures are repeated."""
+        repeats = self.fit == "audio" and self.length != "cut"
+        return repeats and needs_bounce(self._end_pts, self.time_base, self.speech_samples)
 
     @property
     def output_frames(self) -> int:
         """Number of frames of the result."""
-        if ends_together(self._end_pts, self.time_base, self.speech_samples):
+        whole = self.fit == "video" and self.length == "silence"
+        if whole or ends_together(self._end_pts, self.time_base, self.speech_samples):
             return len(self.pts)
         low, high = 1, len(self.pts)
-        while self.bounces and self._within(high):
+        while self.fills and self._within(high):
             low, high = high, 2 * high
         while low < high:  # the largest count whose last frame is still within the speech
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._within(middle - 1) else (low, middle - 1)
         return low
+
+    @property
+    def output_seconds(self) -> Fraction:
+        """How long the result lasts."""
+        last = self.output_frames - 1
+        ends = last == len(self.pts) - 1
+        shown = self.last_duration_pts if ends else self.output_pts(last + 1) - self.output_pts(last)
+        return (self.output_pts(last) + shown - self.pts[0]) * self.time_base
 
     @property
     def model_frames(self) -> int:
@@ -167,11 +219,12 @@ class Timeline:
 
     def source_index(self, output_frame: int) -> int:
         """The source frame behind an output frame."""
-        return bounce_index(output_frame, len(self.pts))
+        return fill_index(output_frame, len(self.pts), self.length)
 
     def output_pts(self, output_frame: int) -> int:
         """The timestamp of an output frame in the source's time base."""
-        return bounce_pts(output_frame, self.pts, self.last_duration_pts)
+        last = filling_duration(self.last_duration_pts, self.time_base)
+        return fill_pts(output_frame, self.pts, last, self.length)
 
     def model_frame(self, output_frame: int) -> int:
         """The model frame whose mouth an output frame gets."""

@@ -1,8 +1,7 @@
 """Write the result: same size, timestamps, colours and rotation as the source, the speech at its own quality.
 
-The file appears under its name only when it is complete; until then it has a temporary name in the same folder,
-which is removed on any failure. Audio is copied as it is where the container can hold it, otherwise encoded as AAC
-at its own sample rate, and ends with the video.
+The file appears under its name only when it is complete (see `atomic`). Before, it is read back: frames and times must
+be those written. Sound ends with the picture.
 
     >>> with VideoWriter("out.mp4", like=reader, audio="speech.wav") as writer:
     ...     for frame in reader:
@@ -14,7 +13,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -23,25 +21,22 @@ from types import TracebackType
 from typing import TypeAlias
 
 import av
+from av.video.stream import VideoStream
 
-from lipstream.media.opening import MediaError, open_media, seconds
+from lipstream.media.atomic import AtomicFile
+from lipstream.media.carry import Carried
+from lipstream.media.encoder import Quality, encoder_for
+from lipstream.media.opening import MediaError, open_media, picture_stream, seconds
+from lipstream.media.probe import frame_times
 from lipstream.media.reader import SourceFrame, VideoReader
-from lipstream.media.speech import audio_origin, cut_samples, decode_audio, layout_name
+from lipstream.media.sound import AnyPacket, Feed, SoundTrack
 
 logger = logging.getLogger(__name__)
 
-AudioPacket: TypeAlias = "av.Packet[av.AudioStream]"
 VideoPacket: TypeAlias = "av.Packet[av.VideoStream]"
 
-# suffix -> (muxer, audio codecs that it holds unchanged)
-CONTAINERS = {
-    ".mp4": ("mp4", {"aac", "mp3", "ac3", "eac3", "opus"}),
-    ".m4v": ("mp4", {"aac", "mp3", "ac3", "eac3", "opus"}),
-    ".mov": ("mov", {"aac", "mp3", "ac3", "eac3", "alac", "pcm_s16le", "pcm_s24le"}),
-    ".mkv": ("matroska", {"aac", "mp3", "ac3", "eac3", "opus", "vorbis", "flac", "pcm_s16le", "pcm_s24le"}),
-}
-AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
-AAC_BIT_RATE = 192_000
+MUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+TICK = Fraction(1, 1000)  # Matroska's clock
 
 
 class VideoWriter:
@@ -51,8 +46,10 @@ class VideoWriter:
         path: the result; .mp4, .m4v, .mov or .mkv.
         like: the source, whose size, timestamps, colours and rotation are kept.
         audio: file with the sound of the result, or None for a silent one.
-        crf: quality of libx264 (lower is better; 16 is visually lossless for most pictures).
-        preset: speed of libx264.
+        track, delay_ms: which sound of that file, and how much later it starts; see `SoundTrack`.
+        quality: preset of the encoder; see `encoder.PRESETS`.
+        crf, preset: instead of the quality's own.
+        carry: take over what the source has besides picture and speech; see `Carried`.
         threads: encoder threads, 0 = one per core.
     """
 
@@ -62,32 +59,44 @@ class VideoWriter:
         *,
         like: VideoReader,
         audio: str | os.PathLike[str] | None = None,
-        crf: int = 16,
-        preset: str = "veryfast",
+        track: int | None = None,
+        delay_ms: int = 0,
+        quality: Quality = "good",
+        crf: int | None = None,
+        preset: str | None = None,
+        carry: bool = False,
         threads: int = 0,
     ) -> None:
-        if not 0 <= crf <= 51:
+        if crf is not None and not 0 <= crf <= 51:
             raise ValueError(f"crf must lie in 0..51, got {crf}")
         self.path = Path(path)
-        if self.path.suffix.lower() not in CONTAINERS:
-            known = ", ".join(CONTAINERS)
+        if self.path.suffix.lower() not in MUXERS:
+            known = ", ".join(MUXERS)
             raise MediaError(path, f"has an unknown output type '{self.path.suffix}'", f"end the name in {known}")
         if self.path.is_dir():
             raise MediaError(path, "is a folder", "name an output file in it")
-        self._muxer, self._copied = CONTAINERS[self.path.suffix.lower()]
+        self._muxer = MUXERS[self.path.suffix.lower()]
         self._like = like
         self._end = Fraction(0)  # when the last written frame stops showing, from the first frame
+        self._last_begin = 0  # when it began, in ticks
         self._origin: int | None = None
         self._durations: dict[Fraction, Fraction] = {}  # of the frames inside the encoder, by time
         self._held: VideoPacket | None = None
         self._first_dts: int | None = None
         self._closed = False
-        self._temporary = self._reserve()
+        try:
+            self._file = AtomicFile(self.path)
+        except OSError as error:
+            raise self._failure(error) from error
         try:
             self._container = self._open()
-            self._video = self._add_video(crf, preset, threads)
-            self._audio = None if audio is None else self._add_audio(audio)
-            self._pending: AudioPacket | None = None
+            self._video = self._add_video(encoder_for(like.pix_fmt, quality, crf, preset, like.hdr), threads)
+            self._tracks: list[SoundTrack | Carried] = []
+            if audio is not None:
+                self._tracks.append(SoundTrack(audio, self._container, self._muxer, track=track, delay_ms=delay_ms))
+            if carry:
+                self._tracks.append(Carried(like.path, self._container, self._muxer))
+            self._feeds: list[_Side] = []
             self.frames_written = 0
         except BaseException as error:
             self.abort()
@@ -113,6 +122,7 @@ class VideoWriter:
             raise ValueError(f"{self.path}: the writer is closed")
         if self._origin is None:
             self._origin = frame.pts
+            self._feeds = [_Side(track.feed(self._start())) for track in self._tracks]
         try:
             stored = frame.stored
             # The frame may be shown several times (bounce): its timestamp is the sequence's, not the decoder's.
@@ -120,8 +130,9 @@ class VideoWriter:
             stored.pict_type = av.video.frame.PictureType.NONE
             self._durations[frame.pts * frame.time_base] = frame.duration_pts * frame.time_base
             self._mux_video(self._video.encode(stored))
+            self._last_begin = frame.pts - self._origin
             self._end = (frame.pts + frame.duration_pts - self._origin) * frame.time_base
-            self._mux_audio(self._end)
+            self._mux_sides(self._end)
         except (av.FFmpegError, OSError) as error:
             self.abort()
             raise self._failure(error) from error
@@ -138,11 +149,10 @@ class VideoWriter:
             if not self.frames_written:
                 raise MediaError(self.path, "got no frames to write", "check that the source has a picture")
             self._mux_video(self._video.encode(None), last=True)
-            self._mux_audio(self._end, last=True)
+            self._mux_sides(self._end, last=True)
             self._container.close()
-            with open(self._temporary, "rb+") as stream:
-                os.fsync(stream.fileno())
-            os.replace(self._temporary, self.path)
+            self._check()
+            self._file.commit()
         except (av.FFmpegError, OSError) as error:
             self.abort()
             raise self._failure(error) from error
@@ -160,111 +170,36 @@ class VideoWriter:
         if container is not None:
             with suppress(av.FFmpegError, OSError, ValueError):
                 container.close()
-        audio = getattr(self, "_audio", None)
-        if audio is not None:
-            audio.close()
-        with suppress(OSError):
-            os.unlink(self._temporary)
-
-    def _reserve(self) -> str:
-        """An empty file with a temporary name beside the result."""
-        folder = self.path.parent
-        try:
-            handle, name = tempfile.mkstemp(prefix=f".{self.path.stem}.", suffix=".part", dir=folder)
-            os.close(handle)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
-        except OSError as error:
-            raise self._failure(error) from error
-        return name
+        for side in getattr(self, "_feeds", []):
+            side.close()
+        self._file.discard()
 
     def _open(self) -> av.container.OutputContainer:
         options = {} if self._muxer == "matroska" else {"movflags": "faststart"}
-        return av.open(f"file:{os.path.abspath(self._temporary)}", "w", format=self._muxer, options=options)
+        return av.open(f"file:{os.path.abspath(self._file.name)}", "w", format=self._muxer, options=options)
 
-    def _add_video(self, crf: int, preset: str, threads: int) -> av.VideoStream:
+    def _add_video(self, encoder: tuple[str, dict[str, str]], threads: int) -> av.VideoStream:
         like = self._like
+        name, options = encoder
         rate = like.fps.limit_denominator(100_000)
-        stream = self._container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": preset})
+        stream = self._container.add_stream(name, rate=rate, options=options)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height = like.stored_size
         stream.pix_fmt = like.pix_fmt
         stream.time_base = like.time_base
         context = stream.codec_context
         context.time_base = like.time_base
         context.thread_count = threads
+        if name == "libx265" and self._muxer != "matroska":
+            context.codec_tag = "hvc1"  # the name by which Apple's players know it
         if like.sample_aspect_ratio:
             context.sample_aspect_ratio = like.sample_aspect_ratio
         context.color_range, context.colorspace = like.colour.range, like.colour.space
         context.color_primaries, context.color_trc = like.colour.primaries, like.colour.transfer
         if like.display_matrix is not None:
             stream.set_display_matrix(like.display_matrix)
-        if like.pix_fmt.startswith(("yuv444", "yuvj444", "yuv422", "yuvj422")):
-            logger.info("%s: written as H.264 %s to keep size and chroma", self.path, like.pix_fmt)
+        logger.info("%s: written by %s as %s", self.path, name, like.pix_fmt)
         return stream
-
-    def _add_audio(self, path: str | os.PathLike[str]) -> Iterator[tuple[AudioPacket, Fraction]]:
-        """A stream of (packet, its start in seconds from time 0), in order; the output stream is added here."""
-        container = open_media(path, need="audio")
-        source = container.streams.audio[0]
-        name = source.codec_context.codec.canonical_name
-        # AAC without a header in its container (ADTS, MPEG-TS) has nothing to copy into MP4's own header.
-        whole = name != "aac" or source.codec_context.extradata is not None
-        if name in self._copied and whole and not container.format.name.startswith("aac"):
-            target = self._container.add_stream_from_template(source)
-            logger.info("%s: audio %s copied", self.path, name)
-            return self._copy_packets(path, container, source, target)
-        rate, layout = source.codec_context.sample_rate, layout_name(source.codec_context.layout)
-        container.close()
-        chosen = min(AAC_RATES, key=lambda r: (abs(r - rate), r))
-        encoder = self._container.add_stream("aac", rate=chosen, layout=layout)
-        encoder.bit_rate = AAC_BIT_RATE
-        logger.info("%s: audio %s encoded as AAC, %d Hz, %s", self.path, name, chosen, layout)
-        return self._encode_packets(path, encoder, rate)
-
-    def _copy_packets(
-        self,
-        path: str | os.PathLike[str],
-        container: av.container.InputContainer,
-        source: av.AudioStream,
-        target: av.AudioStream,
-    ) -> Iterator[tuple[AudioPacket, Fraction]]:
-        with container:
-            unit = Fraction(source.time_base or Fraction(1, 90_000))
-            origin = audio_origin(container)
-            if origin is None:
-                origin = (source.start_time or 0) * unit
-            shift = round(self._start() / unit) - round(origin / unit)
-            try:
-                for packet in container.demux(source):
-                    if packet.dts is None or packet.pts is None:
-                        continue
-                    start = packet.pts * unit - origin
-                    # Before time 0 only the encoder's own delay is kept, which players skip.
-                    if start + Fraction(packet.duration or 0) * unit <= Fraction(-1, 20):
-                        continue
-                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
-                    packet.stream = target
-                    yield packet, start
-            except (av.FFmpegError, OSError) as error:
-                raise MediaError(path, f"its sound is damaged ({error})", "copy or convert it again") from error
-
-    def _encode_packets(
-        self, path: str | os.PathLike[str], encoder: av.AudioStream, rate: int
-    ) -> Iterator[tuple[AudioPacket, Fraction]]:
-        unit = Fraction(1, rate)
-        start = round(self._start() / unit)
-        for frame, time, count in decode_audio(path):
-            begin = max(round(-time * frame.sample_rate), 0)
-            if begin >= count:
-                continue
-            part = cut_samples(frame, begin, count)
-            part.pts = start + round((time + Fraction(begin, frame.sample_rate)) / unit)
-            part.time_base = unit
-            for packet in encoder.encode(part):
-                yield packet, seconds(packet.pts, packet.time_base) - self._start()
-        for packet in encoder.encode(None):
-            yield packet, seconds(packet.pts, packet.time_base) - self._start()
 
     def _mux_video(self, packets: list[VideoPacket], *, last: bool = False) -> None:
         """Write encoded frames with their own durations (the encoder would guess them from the average rate)."""
@@ -291,24 +226,31 @@ class VideoWriter:
         """The timestamp of the first video frame in seconds: where the sound's time 0 goes."""
         return Fraction(0) if self._origin is None else self._origin * self._like.time_base
 
-    def _mux_audio(self, until: Fraction, *, last: bool = False) -> None:
+    def _mux_sides(self, until: Fraction, *, last: bool = False) -> None:
         """Write the packets that start before a time, so that sound and picture lie side by side in the file."""
-        if self._audio is None:
-            return
-        while True:
-            if self._pending is None:
-                item = next(self._audio, None)
-                if item is None:
-                    self._audio = None
-                    return
-                self._pending, self._pending_start = item
-            if self._pending_start >= until:
-                break
-            self._container.mux(self._pending)
-            self._pending = None
         if last:
-            self._audio.close()  # type: ignore[attr-defined]
-            self._audio = None
+            for track in self._tracks:
+                if isinstance(track, Carried):
+                    self._container.set_chapters(track.chapters(self._start() + until))
+        for side in self._feeds:
+            for packet in side.before(until, last=last):
+                self._container.mux(packet)
+            if last:
+                side.close()
+
+    def _check(self) -> None:
+        """Read the finished file's times back: they must be those written."""
+        with open_media(self._file.name, need="video") as container:
+            stream = picture_stream(container)
+            assert stream is not None  # open_media made sure
+            pts, _ = frame_times(container, stream)
+            shown = (pts[-1] - pts[0]) * Fraction(stream.time_base or 1)
+        begun = self._last_begin * self._like.time_base
+        if len(pts) != self.frames_written or abs(shown - begun) > TICK:
+            raise RuntimeError(
+                f"{self.path}: {self.frames_written} frames over {float(begun):.3f} s were written, "
+                f"{len(pts)} over {float(shown):.3f} s arrived; nothing is kept"
+            )
 
     def _failure(self, error: BaseException) -> MediaError:
         number = getattr(error, "errno", None)
@@ -321,3 +263,33 @@ class VideoWriter:
             return MediaError(self.path, f"cannot be written (no permission in {folder})", "choose another folder")
         reason = getattr(error, "strerror", None) or str(error)
         return MediaError(self.path, f"cannot be written ({reason})", "check the disk and the folder")
+
+
+class _Side:
+    """A feed of packets read up to a time."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed: Feed | None = feed
+        self._held: tuple[AnyPacket, Fraction] | None = None
+
+    def before(self, until: Fraction, *, last: bool) -> Iterator[AnyPacket]:
+        """The next packets that start before a time; at the end, those behind a later one too."""
+        while self._feed is not None:
+            self._held = self._held or next(self._feed, None)
+            if self._held is None:
+                self.close()
+                return
+            packet, begin = self._held
+            if begin >= until:
+                if not last or begin > until + 10:
+                    return
+                self._held = None
+                continue
+            self._held = None
+            yield packet
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._feed is not None:
+            self._feed.close()  # type: ignore[attr-defined]
+        self._feed = self._held = None
