@@ -100,8 +100,8 @@ def add_speech(parser: argparse.ArgumentParser) -> None:
         "--speaker",
         default="auto",
         metavar="WHO",
-        help="auto (default: whoever speaks in VIDEO, else the largest face), largest, left, right, X,Y@SECONDS (pixels "
-        "or fractions of the picture), or a picture of the person",
+        help="auto (default: whoever speaks in VIDEO, else the largest face), largest, left, right, X,Y@SECONDS "
+        "(pixels or fractions of the picture), or a picture of the person",
     )
     group.add_argument(
         "--voice",

@@ -1,15 +1,14 @@
 """Cases of the torture set about faces and speech: each builds its own clip, runs the product and checks one promise.
 
 People come from the renderer (`lipstream.data.synthetic`, extra `synth`) and are put together with numpy, so that it is
-known who is where in every frame. A case is a function ``case(folder) -> CaseResult``; `CASES` lists them.
+known who is where in every frame.
 
-    for case in CASES: print(case(folder))
+    lipstream evaluate torture --only crossing cut hand
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import cache
 from importlib.resources import files
@@ -22,13 +21,13 @@ from numpy.typing import NDArray
 
 from lipstream.evaluation.opening import mouth_opening
 from lipstream.evaluation.speed import write_wav
+from lipstream.evaluation.torture import Bench, case, require
 from lipstream.faces.track import FaceTracker
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
 from lipstream.media.speech import load_speech
 from lipstream.media.timeline import SPEECH_RATE
 from lipstream.options import SyncOptions
-from lipstream.pipeline import LipSync
 from lipstream.session import SyncedFrame
 
 Image = NDArray[np.uint8]
@@ -36,24 +35,6 @@ SIDE = 224  # px of an actor's picture
 FPS = 25
 # Two people of the renderer that also look different to a person.
 ONE, OTHER = 3, 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaseResult:
-    """What became of a promise."""
-
-    name: str
-    promise: str
-    passed: bool
-    detail: str
-
-
-Case = Callable[[Path], CaseResult]
-
-
-@cache
-def _pocket() -> LipSync:
-    return LipSync.from_pretrained("pocket")
 
 
 def write_video(path: Path, images: Iterable[Image]) -> Path:
@@ -107,8 +88,8 @@ def _changed(done: SyncedFrame) -> tuple[float, float] | None:
     return (x0 + x1) / 2, (y0 + y1) / 2
 
 
-def _run(video: Path, speech: Path, **options: object) -> list[SyncedFrame]:
-    return list(_pocket().stream(video, speech, options=SyncOptions(**options)))  # type: ignore[arg-type]
+def _run(bench: Bench, video: Path, speech: Path, options: SyncOptions | None = None) -> list[SyncedFrame]:
+    return list(bench.lipsync.stream(video, speech, options=options))
 
 
 def _span(flags: Sequence[bool], start: int, stop: int) -> float:
@@ -139,8 +120,8 @@ def _crossing_frames(frames: int) -> tuple[list[Image], list[float], list[float]
     return images, xs_a, xs_b
 
 
-def _keeps(name: str, speaker: str, done: list[SyncedFrame], own: list[float], other: list[float]) -> CaseResult:
-    """Whether what was changed is always the speaker's, and is so again at the end."""
+def _keeps(done: list[SyncedFrame], own: list[float], other: list[float]) -> str:
+    """What was changed has to be the speaker's always, and again at the end."""
     centres = [_changed(frame) for frame in done]
     apart = [abs(x - y) > 0.6 * SIDE for x, y in zip(own, other, strict=True)]
     wrong = [
@@ -148,48 +129,52 @@ def _keeps(name: str, speaker: str, done: list[SyncedFrame], own: list[float], o
     ]
     flags = [c is not None for c in centres]
     start, end = _span(flags, 0, 12), _span(flags, len(flags) - 8, len(flags))
-    passed = not wrong and start == 1 and end == 1
     detail = (
         f"{len(wrong)} frames changed the other person; spoke in {start:.0%} before and {end:.0%} after they crossed"
     )
-    return CaseResult(
-        name=name, promise=f"the {speaker} person speaks before and after they cross", passed=passed, detail=detail
-    )
+    require(not wrong and start == 1 and end == 1, detail)
+    return detail
 
 
-def crossing_in_front(folder: Path) -> CaseResult:
+@case("crossing, speaker in front", "the speaker, walking past another person, speaks before and after")
+def crossing_in_front(bench: Bench) -> str:
     """The speaker walks past another person, before them."""
     images, xs_a, xs_b = _crossing_frames(62)
-    video = write_video(folder / "crossing.mp4", images)
-    done = _run(video, write_speech(folder / "speech.wav", len(images) / FPS), speaker="left")
-    return _keeps("crossing, speaker in front", "left", done, xs_a, xs_b)
+    video = write_video(bench.folder / "crossing.mp4", images)
+    done = _run(bench, video, write_speech(bench.folder / "speech.wav", len(images) / FPS), SyncOptions(speaker="left"))
+    return _keeps(done, xs_a, xs_b)
 
 
-def crossing_behind(folder: Path) -> CaseResult:
+@case("crossing, speaker behind", "the speaker, hidden by another person for a moment, speaks before and after")
+def crossing_behind(bench: Bench) -> str:
     """The speaker is hidden by another person for a moment."""
     images, xs_a, xs_b = _crossing_frames(62)
-    video = write_video(folder / "crossing.mp4", images)
-    done = _run(video, write_speech(folder / "speech.wav", len(images) / FPS), speaker="right")
-    return _keeps("crossing, speaker behind", "right", done, xs_b, xs_a)
+    video = write_video(bench.folder / "crossing.mp4", images)
+    done = _run(
+        bench, video, write_speech(bench.folder / "speech.wav", len(images) / FPS), SyncOptions(speaker="right")
+    )
+    return _keeps(done, xs_b, xs_a)
 
 
-def cut_and_back(folder: Path) -> CaseResult:
+@case("cut to another person and back", "the speaker speaks in both shots, the other person keeps their own mouth")
+def cut_and_back(bench: Bench) -> str:
     """Another person is shown for a second, in the same place."""
     (a, _), (b, _) = _acting(ONE, 62), _acting(OTHER, 62)
     images = [*a[:20], *b[20:40], *a[40:60]]
-    video = write_video(folder / "cuts.mp4", images)
-    done = _run(video, write_speech(folder / "speech.wav", len(images) / FPS))
+    video = write_video(bench.folder / "cuts.mp4", images)
+    done = _run(bench, video, write_speech(bench.folder / "speech.wav", len(images) / FPS))
     flags = [frame.synced for frame in done]
     before, other, after = _span(flags, 0, 20), _span(flags, 20, 40), _span(flags, 40, 60)
-    return CaseResult(
-        name="cut to another person and back",
-        promise="the speaker speaks in both shots, the other person keeps their own mouth",
-        passed=before == 1 and other == 0 and after >= 0.9,
-        detail=f"changed: {before:.0%} before, {other:.0%} of the other person, {after:.0%} after",
-    )
+    detail = f"changed: {before:.0%} before, {other:.0%} of the other person, {after:.0%} after"
+    require(before == 1 and other == 0 and after >= 0.9, detail)
+    return detail
 
 
-def leaving_and_returning(folder: Path) -> CaseResult:
+@case(
+    "face leaving and returning",
+    "frames without the face stay as they are; the speaker speaks again within half a second",
+)
+def leaving_and_returning(bench: Bench) -> str:
     """The speaker walks out of the picture and comes back."""
     pictures, covers = _acting(ONE, 62)
     wall = cv2.resize(pictures[0][:8, :8], (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
@@ -202,37 +187,38 @@ def leaving_and_returning(folder: Path) -> CaseResult:
             weight = cover[:, : SIDE - away, None]
             part = image[:, away:].astype(np.float32)
             image[:, away:] = np.asarray(part + weight * (picture[:, : SIDE - away] - part), np.uint8)
-        images.append(image)
-    video = write_video(folder / "leaving.mp4", images)
-    done = _run(video, write_speech(folder / "speech.wav", len(images) / FPS))
+        images.append(np.asarray(image, np.uint8))
+    video = write_video(bench.folder / "leaving.mp4", images)
+    done = _run(bench, video, write_speech(bench.folder / "speech.wav", len(images) / FPS))
     flags = [frame.synced for frame in done]
-    return CaseResult(
-        name="face leaving and returning",
-        promise="frames without the face stay as they are; the speaker speaks again within half a second",
-        passed=_span(flags, 0, 12) == 1 and not any(flags[24:37]) and _span(flags, 56, 62) == 1,
-        detail=f"changed: {_span(flags, 0, 12):.0%} before, {_span(flags, 24, 37):.0%} away, {_span(flags, 56, 62):.0%} after",
+    detail = (
+        f"changed: {_span(flags, 0, 12):.0%} before, {_span(flags, 24, 37):.0%} away, {_span(flags, 56, 62):.0%} after"
     )
+    require(_span(flags, 0, 12) == 1 and not any(flags[24:37]) and _span(flags, 56, 62) == 1, detail)
+    return detail
 
 
-def two_voices(folder: Path) -> CaseResult:
+@case("two voices", "both mouths are given their words in one pass")
+def two_voices(bench: Bench) -> str:
     """Two people, each with a speech of their own."""
     (a, _), (b, _) = _acting(ONE, 30), _acting(OTHER, 30)
-    video = write_video(folder / "two.mp4", (np.concatenate(pair, axis=1) for pair in zip(a, b, strict=True)))
-    speech, second = write_speech(folder / "speech.wav", 1.2), write_speech(folder / "second.wav", 1.2, [(0, 0.6)])
-    done = _run(video, speech, speaker="left", voices=(("right", str(second)),))
-    both = [frame.patch is not None and frame.patch.box[0] < SIDE < frame.patch.box[2] for frame in done]
-    return CaseResult(
-        name="two voices",
-        promise="both mouths are given their words in one pass",
-        passed=all(both),
-        detail=f"both changed in {np.mean(both):.0%} of {len(both)} frames",
+    video = write_video(bench.folder / "two.mp4", (np.concatenate(pair, axis=1) for pair in zip(a, b, strict=True)))
+    speech, second = (
+        write_speech(bench.folder / "speech.wav", 1.2),
+        write_speech(bench.folder / "second.wav", 1.2, [(0, 0.6)]),
     )
+    done = _run(bench, video, speech, SyncOptions(speaker="left", voices=(("right", str(second)),)))
+    both = [frame.patch is not None and frame.patch.box[0] < SIDE < frame.patch.box[2] for frame in done]
+    detail = f"both changed in {np.mean(both):.0%} of {len(both)} frames"
+    require(all(both), detail)
+    return detail
 
 
 # ------------------------------------------------------------------ mouths
 
 
-def hand_over_mouth(folder: Path) -> CaseResult:
+@case("hand over the mouth", "the hand stays in front")
+def hand_over_mouth(bench: Bench) -> str:
     """A hand with fingers comes up before the mouth and goes again."""
     pictures, _ = _acting(ONE, 62)
     images, hands = [], []
@@ -241,8 +227,8 @@ def hand_over_mouth(folder: Path) -> CaseResult:
         hand, image = _hand(picture, SIDE * (1.25 - 0.62 * u))
         hands.append(hand)
         images.append(image)
-    video = write_video(folder / "hand.mp4", images)
-    done = _run(video, write_speech(folder / "speech.wav", len(images) / FPS))
+    video = write_video(bench.folder / "hand.mp4", images)
+    done = _run(bench, video, write_speech(bench.folder / "speech.wav", len(images) / FPS))
     source = list(VideoReader(video))
     worst, moved = 0.0, 0.0
     for i, (frame, before) in enumerate(zip(done, source, strict=True)):
@@ -253,12 +239,9 @@ def hand_over_mouth(folder: Path) -> CaseResult:
         worst = max(worst, float((change > 12).mean()))
         moved += float((change > 12).mean())
     spoke = _span([frame.synced for frame in done], 0, 22), _span([frame.synced for frame in done], 56, 62)
-    return CaseResult(
-        name="hand over the mouth",
-        promise="the hand stays in front",
-        passed=worst <= 0.05 and spoke == (1, 1),
-        detail=f"at worst {worst:.1%} of the hand changed; spoke in {spoke[0]:.0%} before and {spoke[1]:.0%} after",
-    )
+    detail = f"at worst {worst:.1%} of the hand changed; spoke in {spoke[0]:.0%} before and {spoke[1]:.0%} after"
+    require(worst <= 0.05 and spoke == (1, 1), detail)
+    return detail
 
 
 def _hand(picture: Image, top: float) -> tuple[NDArray[np.bool_], Image]:
@@ -277,73 +260,55 @@ def _hand(picture: Image, top: float) -> tuple[NDArray[np.bool_], Image]:
     return hand, np.where(hand[..., None], np.clip(skin * light[..., None], 0, 255), picture).astype(np.uint8)
 
 
-def profile_turn(folder: Path) -> CaseResult:
+@case("profile turn", "a profile keeps its own mouth; the front speaks")
+def profile_turn(bench: Bench) -> str:
     """The speaker turns to the side and back."""
     frames = 62
     yaws = tuple(float(1.25 * np.sin(np.pi * min(max((i - 12) / 38, 0), 1)) ** 2) for i in range(frames))
     pictures, _ = _acting(ONE, frames, yaws)
-    video = write_video(folder / "profile.mp4", pictures)
-    done = _run(video, write_speech(folder / "speech.wav", frames / FPS))
+    video = write_video(bench.folder / "profile.mp4", pictures)
+    done = _run(bench, video, write_speech(bench.folder / "speech.wav", frames / FPS))
     degrees = np.degrees(yaws)
     side = [frame.synced for frame, yaw in zip(done, degrees, strict=True) if yaw > 62]
     front = [frame.synced for frame, yaw in zip(done, degrees, strict=True) if yaw < 30]
-    return CaseResult(
-        name="profile turn",
-        promise="a profile keeps its own mouth; the front speaks",
-        passed=not any(side) and all(front),
-        detail=f"changed: {np.mean(side):.0%} of {len(side)} profiles, {np.mean(front):.0%} of {len(front)} fronts",
-    )
+    detail = f"changed: {np.mean(side):.0%} of {len(side)} profiles, {np.mean(front):.0%} of {len(front)} fronts"
+    require(not any(side) and all(front), detail)
+    return detail
 
 
-def silence_closes(folder: Path) -> CaseResult:
+@case("silence in the speech", "lips close within four frames and stay closed")
+def silence_closes(bench: Bench) -> str:
     """A pause in the speech, while the source goes on talking."""
     pictures, _ = _acting(ONE, 62)
-    video = write_video(folder / "silence.mp4", [*pictures, *pictures[:38]])
-    done = _run(video, write_speech(folder / "speech.wav", 4.0, [(1.6, 3.0)]))
+    video = write_video(bench.folder / "silence.mp4", [*pictures, *pictures[:38]])
+    done = _run(bench, video, write_speech(bench.folder / "speech.wav", 4.0, [(1.6, 3.0)]))
     tracker = FaceTracker()
     tracks = [tracker.step(frame.frame.image) for frame in done]
     opening = np.array([np.nan if track is None else mouth_opening(track.landmarks) for track in tracks])
     pause, speech = opening[44:73], np.concatenate([opening[:38], opening[78:]])
     limit = float(np.nanpercentile(speech, 5) + 0.25 * (np.nanpercentile(speech, 90) - np.nanpercentile(speech, 5)))
     shut = float(np.mean(pause <= limit))
-    return CaseResult(
-        name="silence in the speech",
-        promise="lips close within four frames and stay closed",
-        passed=shut >= 0.95,
-        detail=f"closed in {shut:.0%} of {len(pause)} frames; opening {np.nanmean(pause):.3f}, in speech {np.nanmean(speech):.3f}",
-    )
+    mean = f"opening {np.nanmean(pause):.3f}, in speech {np.nanmean(speech):.3f}"
+    detail = f"closed in {shut:.0%} of {len(pause)} frames; {mean}"
+    require(shut >= 0.95, detail)
+    return detail
 
 
-def drawing_is_refused(folder: Path) -> CaseResult:
+@case("drawn figure", "said within seconds, with the best score and what to do")
+def drawing_is_refused(bench: Bench) -> str:
     """Forty seconds of a drawn figure."""
     image = np.full((180, 240, 3), (200, 220, 250), np.uint8)
     cv2.rectangle(image, (80, 50), (160, 150), (240, 200, 60), -1)
     for x in (105, 135):
         cv2.circle(image, (x, 80), 4, (20, 20, 20), -1)
     cv2.line(image, (100, 125), (140, 125), (20, 20, 20), 3)
-    video = write_video(folder / "drawing.mp4", (np.roll(image, i % 30, axis=1) for i in range(1000)))
+    video = write_video(bench.folder / "drawing.mp4", (np.roll(image, i % 30, axis=1) for i in range(1000)))
     looked, message = 0, "no error"
     try:
-        for _ in _pocket().stream(video, write_speech(folder / "speech.wav", 40)):
+        for _ in bench.lipsync.stream(video, write_speech(bench.folder / "speech.wav", 40)):
             looked += 1
     except MediaError as error:
         message = str(error)
-    return CaseResult(
-        name="drawn figure",
-        promise="said within seconds, with the best score and what to do",
-        passed="shows no face" in message and "scores" in message and looked <= 150,
-        detail=f"after {looked} frames of 1000: {message}",
-    )
-
-
-CASES: tuple[Case, ...] = (
-    crossing_in_front,
-    crossing_behind,
-    cut_and_back,
-    leaving_and_returning,
-    two_voices,
-    hand_over_mouth,
-    profile_turn,
-    silence_closes,
-    drawing_is_refused,
-)
+    detail = f"after {looked} frames of 1000: {message}"
+    require("shows no face" in message and "scores" in message and looked <= 150, detail)
+    return detail

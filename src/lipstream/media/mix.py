@@ -1,6 +1,6 @@
 """The sound of several voices in one file: their sum, each from time 0, as long as the longest.
 
->>> with mixed_sound(("a.wav", None), ["b.wav"]) as (path, track): writer = VideoWriter("out.mp4", like=reader, audio=path)
+>>> with mixed_sound(("a.wav", None), ["b.wav"]) as (path, track): VideoWriter("out.mp4", like=reader, audio=path)
 """
 
 from __future__ import annotations

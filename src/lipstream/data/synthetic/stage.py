@@ -40,7 +40,7 @@ class Actor:
     def draw(
         self, *, opening: float = 0.0, yaw: float = 0.0, pitch: float = 0.0, shift: tuple[float, float] = (0.0, 0.0)
     ) -> Image:
-        """One picture [size, size, 3]; opening in eye distances (closed 0, wide 0.25), angles in radians, shift in dm."""
+        """One picture [size, size, 3]; opening in eye distances (0 is closed), angles in radians, shift in dm."""
         return self.cut_out(opening=opening, yaw=yaw, pitch=pitch, shift=shift)[0]
 
     def cut_out(
