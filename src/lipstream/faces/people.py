@@ -79,9 +79,12 @@ class PeopleTracker:
 
     def __init__(self, config: PeopleConfig | None = None, known: Sequence[Person] = ()) -> None:
         self.config = config or PeopleConfig()
-        self.people: dict[int, Person] = {
-            p.id: replace(p, region=None, lost_pixel_frames=0, gallery=p.gallery.copy()) for p in known
-        }
+        enough = self.config.learn_pixel_frames
+        self.people: dict[int, Person] = {}
+        for p in known:
+            seen = max(p.seen_pixel_frames, enough)
+            gallery = p.gallery.copy()
+            self.people[p.id] = replace(p, region=None, lost_pixel_frames=0, gallery=gallery, seen_pixel_frames=seen)
         self._detector = FaceDetector()
         self._mesh = FaceMesh()
         self._frame = 0
