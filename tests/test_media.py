@@ -19,7 +19,7 @@ from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError, open_media
 from lipstream.media.planes import Orientation, plane_arrays
 from lipstream.media.reader import VideoReader, replace_region
-from lipstream.media.timeline import SPEECH_RATE, Timeline
+from lipstream.media.timeline import FILLS, SPEECH_RATE, Fit, Length, Timeline
 from lipstream.media.writer import VideoWriter
 
 Make = Callable[..., Path]
@@ -227,7 +227,7 @@ def test_odd_sizes_are_kept(make: Make, tmp_path: Path) -> None:
 
 # --- changing a region ---------------------------------------------------------------------------------------------
 
-FORMATS = ["yuv420p", "yuv422p", "yuv444p", "yuvj420p", "nv12"]
+FORMATS = ["yuv420p", "yuv422p", "yuv444p", "yuvj420p", "nv12", "yuv420p10le", "yuv422p10le", "yuv444p10le"]
 
 
 @pytest.mark.parametrize("pix_fmt", FORMATS)
@@ -284,23 +284,26 @@ def test_boxes_beyond_the_picture_are_clipped(make: Make) -> None:
 # --- playing to the length of the speech ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", [4, 64])
-@pytest.mark.parametrize("gop", [3, 50])
+@pytest.mark.parametrize("length, fit", [(w, fit) for fit, ways in FILLS.items() for w in ways])
+@pytest.mark.parametrize("cache, gop", [(4, 3), (4, 50), (64, 50)])
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 0.8, 2.5])
-def test_bouncing_equals_the_plan(make: Make, cache: int, gop: int, seconds: float) -> None:
+def test_playing_equals_the_plan(make: Make, length: Length, fit: Fit, cache: int, gop: int, seconds: float) -> None:
     path = make("in.mp4", frames=20, gop=gop)
     reader = VideoReader(path)
     source = list(reader)
     speech = round(seconds * SPEECH_RATE)
     plan = Timeline(
         pts=[f.pts for f in source], time_base=reader.time_base,
-        last_duration_pts=source[-1].duration_pts, speech_samples=speech,
+        last_duration_pts=source[-1].duration_pts, speech_samples=speech, length=length, fit=fit,
     )  # fmt: skip
-    played = list(BouncingReader(reader, speech, cache_frames=cache))
-    assert len(played) == plan.output_frames
+    playing = BouncingReader(reader, speech, length=length, fit=fit, cache_frames=cache)
+    played = list(playing)
+    assert len(played) == plan.output_frames == playing.given
     for k, frame in enumerate(played):
         assert (frame.index, frame.pts) == (k, plan.output_pts(k))
         assert np.array_equal(frame.image, source[plan.source_index(k)].image)
+    end = played[-1].pts + played[-1].duration_pts - played[0].pts
+    assert end * reader.time_base == plan.output_seconds
 
 
 def test_a_single_picture_repeats(make: Make, tmp_path: Path) -> None:

@@ -355,9 +355,7 @@ def test_gaping_opens_the_lips_by_one_pixel() -> None:
 def observed_second(gone: range, cut: int | None = None) -> list[Observed]:
     canvas, stored = canvas_frames(1)[0], av.VideoFrame(96, 96, "yuv420p")
     face = Face(Alignment(np.eye(2, 3)), np.zeros((20, 20, 2), np.float32), 0)
-    frames = [
-        SourceFrame(index=i, pts=i, duration_pts=1, time_base=Fraction(1, 25), stored=stored) for i in range(40)
-    ]
+    frames = [SourceFrame(index=i, pts=i, duration_pts=1, time_base=Fraction(1, 25), stored=stored) for i in range(40)]
     return [
         Observed(f, None if f.index in gone else face, None if f.index in gone else canvas, cut=f.index == cut)
         for f in frames

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from lipstream.media.timeline import (
     SAMPLES_PER_MODEL_FRAME,
     SPEECH_RATE,
+    Fit,
     GridSampler,
+    Length,
     Timeline,
     bounce_index,
     bounce_pts,
     chunk_of,
     chunk_plan,
+    fill_pts,
     model_frame_at,
 )
 
@@ -71,6 +74,39 @@ def test_bounce_order_and_times() -> None:
     assert [bounce_pts(k, [5], 2) for k in range(3)] == [5, 7, 9]
     with pytest.raises(ValueError, match="-1"):
         bounce_index(-1, 3)
+
+
+@pytest.mark.parametrize(
+    "length,fit,samples,frames,order",
+    [
+        ("bounce", "audio", 10, 10, [0, 1, 2, 3, 2, 1, 0, 1, 2, 3]),
+        ("loop", "audio", 10, 10, [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]),
+        ("freeze", "audio", 10, 10, [0, 1, 2, 3, 3, 3, 3, 3, 3, 3]),
+        ("cut", "audio", 10, 4, [0, 1, 2, 3]),
+        ("silence", "video", 10, 4, [0, 1, 2, 3]),
+        ("cut", "video", 10, 4, [0, 1, 2, 3]),
+        ("silence", "video", 2, 4, [0, 1, 2, 3]),
+        ("cut", "video", 2, 2, [0, 1]),
+        ("loop", "audio", 2, 2, [0, 1]),
+    ],
+)
+def test_ways_of_filling(length: Length, fit: Fit, samples: int, frames: int, order: list[int]) -> None:
+    timeline = Timeline(
+        pts=[5, 6, 7, 8], time_base=Fraction(1, 25), last_duration_pts=1, speech_samples=samples * 640,
+        length=length, fit=fit,
+    )  # fmt: skip
+    assert timeline.output_frames == frames
+    assert [timeline.source_index(k) for k in range(frames)] == order
+    assert [timeline.output_pts(k) for k in range(frames)] == list(range(5, 5 + frames))
+    assert timeline.output_seconds == Fraction(frames, 25)
+
+
+def test_filling_keeps_uneven_times() -> None:
+    assert [fill_pts(k, [10, 11, 14], 2, "loop") for k in range(7)] == [10, 11, 14, 16, 17, 20, 22]
+    assert [fill_pts(k, [10, 11, 14], 2, "freeze") for k in range(6)] == [10, 11, 14, 16, 18, 20]
+    # A last frame of one tick is not repeated ninety thousand times a second.
+    short = Timeline(pts=[0], time_base=Fraction(1, 90_000), last_duration_pts=1, speech_samples=SPEECH_RATE)
+    assert short.output_frames == 236  # frames of 1/240 s that begin before the last half model frame
 
 
 @given(timelines())

@@ -274,7 +274,7 @@ class LipSync:
         self, run: _Run, progress: Callable[[Progress], None] | None, clock: _Clock
     ) -> Generator[SyncedFrame, None, None]:
         source, total = run.source, run.plan.frames
-        ahead_frames = min(max(_AHEAD_BYTES // source.reader.frame_bytes, 2), _AHEAD)
+        ahead_frames = queue_frames(source.reader)
         reads = [speech.read for speech in run.speeches]
         session = Voices(self.engine, run.cast, reads, source.reader.time_base, self.seed, run.options)
 
@@ -306,6 +306,11 @@ class LipSync:
                     progress(_progress(done, total, clock.started))
                 yield frame
         run.plan.check(source.reader.path, source.pts, source.given, done)
+
+
+def queue_frames(reader: VideoReader) -> int:
+    """How many frames may wait between two stages: few large ones."""
+    return min(max(_AHEAD_BYTES // reader.frame_bytes, 2), _AHEAD)
 
 
 def _folder_of(model: PathLike) -> Path:

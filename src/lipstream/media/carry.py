@@ -7,6 +7,7 @@ What it cannot hold is named in one warning. Where pictures are repeated, this p
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -24,6 +25,13 @@ COPIED_SUBTITLES = {
     "mov": {"mov_text"},
     "matroska": {"subrip", "ass", "webvtt", "dvd_subtitle", "hdmv_pgs_subtitle", "dvb_subtitle"},
 }
+# Plain text that another container wraps differently: (codec here, muxer) -> codec there.
+WRAPPED_SUBTITLES = {
+    ("subrip", "mp4"): "mov_text",
+    ("subrip", "mov"): "mov_text",
+    ("mov_text", "matroska"): "subrip",
+}
+MARKUP = re.compile(rb"<[^>]*>|\{\\[^}]*\}")
 # What the muxers write themselves.
 OWN_METADATA = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration", "creation_time"}
 
@@ -39,6 +47,7 @@ class Carried:
     def __init__(self, path: str, output: av.container.OutputContainer, muxer: str) -> None:
         self._path = path
         self._targets: dict[int, Any] = {}  # stream index in the source -> stream of the output
+        self._wrapped: dict[int, str] = {}
         left: list[str] = []
         with open_media(path, need="video") as container:
             picture = picture_stream(container)
@@ -47,8 +56,13 @@ class Carried:
                 # MP4 keeps chapters in a stream of their own too.
                 if stream is picture or stream is replaced or (stream.type == "data" and container.chapters()):
                     continue
-                if self._holds(stream, container, muxer):
-                    target = output.add_stream_from_template(stream)
+                wrapped = WRAPPED_SUBTITLES.get((_codec(stream), muxer))
+                if wrapped is not None or self._holds(stream, container, muxer):
+                    if wrapped is not None:
+                        target = output.add_mux_stream(wrapped)
+                        self._wrapped[stream.index] = wrapped
+                    else:
+                        target = output.add_stream_from_template(stream)
                     target.metadata.update(_told(stream.metadata))
                     target.disposition = Disposition(stream.disposition & ~Disposition.default)
                     self._targets[stream.index] = target
@@ -78,7 +92,13 @@ class Carried:
                 if packet.pts is None or packet.dts is None:
                     continue
                 time = seconds(packet.pts, packet.time_base) - start
-                packet.stream = self._targets[packet.stream_index]
+                index = packet.stream_index
+                if index in self._wrapped:
+                    wrapped = _wrap(packet, self._wrapped[index])
+                    if wrapped is None:
+                        continue
+                    packet = wrapped
+                packet.stream = self._targets[index]
                 yield packet, time
 
     @staticmethod
@@ -86,6 +106,22 @@ class Carried:
         if stream.type == "audio":
             return bool(stream.codec_context.sample_rate) and is_copied(stream, container, muxer)
         return stream.type == "subtitle" and _codec(stream) in COPIED_SUBTITLES[muxer]
+
+
+def _wrap(packet: AnyPacket, codec: str) -> AnyPacket | None:
+    """The same text in the other container's wrapping, without markup; None where it is empty."""
+    data = bytes(packet)
+    if codec == "mov_text":
+        text = MARKUP.sub(b"", data)[:65_535]
+        data = len(text).to_bytes(2, "big") + text
+    else:
+        text = data = data[2 : 2 + int.from_bytes(data[:2], "big")]
+    if not text:
+        return None
+    wrapped = av.Packet(data)
+    wrapped.time_base, wrapped.duration = packet.time_base, packet.duration or 0
+    wrapped.pts, wrapped.dts = packet.pts, packet.dts
+    return wrapped
 
 
 def _codec(stream: Any) -> str:

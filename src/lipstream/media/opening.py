@@ -189,9 +189,10 @@ def sound_stream(path: str | os.PathLike[str], container: InputContainer, track:
 
 
 def picture_stream(container: InputContainer) -> VideoStream | None:
-    """The first video stream that is not a cover picture."""
+    """The first video stream that can be decoded and is not a cover picture."""
     for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
+        # An unknown codec leaves a stream without a decoder, and without a size.
+        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic:
             return stream
     return None
 
