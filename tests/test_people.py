@@ -184,9 +184,9 @@ def test_what_is_not_there_is_one_clear_error(pair: Path, tmp_path: Path) -> Non
     reader = VideoReader(pair)
     with pytest.raises(ValueError, match=r"no face at 1,190 at 0 s; faces are there at \d+,\d+"):
         Cast(reader, [parse_speaker("1,190")])
-    with pytest.raises(ValueError, match="ends at 0.80 s"):
+    with pytest.raises(ValueError, match=r"ends at 0\.80 s"):
         Cast(reader, [parse_speaker("1,1@9")])
-    with pytest.raises(MediaError, match="no such file|cannot be read"):
+    with pytest.raises(MediaError, match=r"no such file|cannot be read"):
         Cast(reader, [parse_speaker(str(tmp_path / "none.jpg"))])
     alone = video_of(tmp_path / "alone.mp4", one()[:6])
     with pytest.raises(ValueError, match="same face"):
