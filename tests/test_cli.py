@@ -34,6 +34,7 @@ FLAGS = {
         "--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose",
         "--device", "--dtype", "--decoder", "--mask", "--memory", "--speech-lookahead", "--parity",
         "--length", "--fit", "--audio-delay", "--audio-track", "--quality",
+        "--speaker", "--voice", "--silence", "--strength",
     },
     "demo": {"--output", "--model", "--seed", "--threads", "--verbose"},
     "doctor": {"--no-speed", "--verbose"},

@@ -23,11 +23,12 @@ from lipstream.diffusion.lengths import official_length
 from lipstream.diffusion.official_noise import OfficialNoise
 from lipstream.faces import mouth_mask
 from lipstream.faces.mouth_mask import MouthMask
-from lipstream.faces.official import OfficialAligner, anchors_from_106
+from lipstream.faces.official import OfficialAligner, anchors_from_106, anchors_from_mesh
 from lipstream.faces.official_paste import OfficialCompositor
+from lipstream.faces.track import FaceTracker
 from lipstream.fullsize import FullSizeTake
 from lipstream.fullsize_engine import FullSizeOptions
-from lipstream.fullsize_parity import OfficialObserver, ParityEngine, check_source, mesh_face
+from lipstream.fullsize_parity import OfficialObserver, ParityEngine, check_source
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
@@ -92,8 +93,13 @@ def by_hand(engine: ParityEngine, speech: Path) -> list[np.ndarray]:
     length = official_length(samples.shape[1], float_seconds=True)
     rows = engine.features(samples, length.pixel_frames)[0]
     frames = [frame.image for frame, _ in zip(VideoReader(CLIP), range(length.pixel_frames), strict=False)]
-    face, aligner = mesh_face(), OfficialAligner()
-    aligned = [aligner.step(frame, face(frame)) for frame in frames]  # type: ignore[arg-type]
+    tracker, aligner = FaceTracker(), OfficialAligner()
+    tracks = [tracker.step(frame) for frame in frames]
+    aligned = [
+        aligner.step(frame, anchors_from_mesh(track.landmarks))
+        for frame, track in zip(frames, tracks, strict=True)
+        if track is not None
+    ]
     noise = OfficialNoise((1, 16, length.latent_frames, 64, 64), seed=42, dtype=model.dtype, device="cpu")
     take, compose, out = FullSizeTake(model, noise=noise), OfficialCompositor(model.mask), []
     for start, stop in pairwise((0, 9, 21)):

@@ -173,8 +173,8 @@ def test_a_cut_begins_one_take_and_keeps_the_mouths_apart(fps: int, monkeypatch:
     """The grid may skip the frame that carries the cut (50 fps) or see it more than once (10 fps)."""
     takes: list[Take] = []
 
-    def counted(model: MouthModel, seed: int) -> Take:
-        takes.append(Take(model, seed))
+    def counted(model: MouthModel, seed: int, strength: float) -> Take:
+        takes.append(Take(model, seed, strength))
         return takes[-1]
 
     monkeypatch.setattr("lipstream.session.Take", counted)

@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lipstream.faces.track import FaceTrack
+from lipstream.manner import Manner
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.media.timeline import Fit, Length
 from lipstream.mouth import MouthModel
+from lipstream.options import Silence
 from lipstream.session import Observed, Observer, Session, SpeechRows, TakeSession
 
 #: The next samples of the speech (mono, 16 kHz), fewer at its end, none after it.
@@ -29,15 +32,25 @@ Rows = Callable[[int, int], Tensor]
 
 
 class Observes(Protocol):
-    """First half of a session: finds the face."""
+    """First half of a session: looks at a face."""
 
     def step(self, frame: SourceFrame) -> Observed[Any, Any]:
-        """Track one frame; frames come in order of time."""
+        """Track the only face of one frame; frames come in order of time."""
+        ...
+
+    def look(self, frame: SourceFrame, track: FaceTrack | None, cut: bool = False) -> Observed[Any, Any]:
+        """What there is to see of a face that somebody else tracked; ``cut``: the picture itself is a new one."""
         ...
 
 
 class Engine(Protocol):
-    """A loaded model."""
+    """A loaded model.
+
+    Attributes:
+        silences: what it can do in silence; the first is its own choice.
+    """
+
+    silences: tuple[Silence, ...]
 
     def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
         """The source's frames of one run, cut or filled to the speech; see `timeline.FILLS`."""
@@ -51,13 +64,19 @@ class Engine(Protocol):
         """Hears the speech of one run."""
         ...
 
-    def session(self, time_base: Fraction, rows: Rows, seed: int) -> TakeSession[Any, Any, Any]:
-        """Generates and composes one run."""
+    def session(self, time_base: Fraction, rows: Rows, seed: int, manner: Manner) -> TakeSession[Any, Any, Any]:
+        """Generates and composes one run.
+
+        Raises:
+            ValueError: it cannot speak in that manner.
+        """
         ...
 
 
 class CanvasEngine:
     """The small model (`lipstream.mouth`)."""
+
+    silences: tuple[Silence, ...] = ("close", "source", "model")
 
     def __init__(self, model: MouthModel) -> None:
         self.model = model
@@ -74,6 +93,6 @@ class CanvasEngine:
         """See :class:`Engine`; streaming, with bounded look-ahead."""
         return SpeechRows(self.model, read)
 
-    def session(self, time_base: Fraction, rows: Rows, seed: int) -> Session:
+    def session(self, time_base: Fraction, rows: Rows, seed: int, manner: Manner) -> Session:
         """See :class:`Engine`."""
-        return Session(self.model, time_base, rows, seed)
+        return Session(self.model, time_base, rows, seed, manner)

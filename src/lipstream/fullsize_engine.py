@@ -37,6 +37,7 @@ from lipstream.faces.mouth_mask import MouthMask, mouth_mask
 from lipstream.fullsize import FullSizeModel, VideoDecoder
 from lipstream.fullsize_session import CropObserver, CropSession
 from lipstream.fullsize_speech import FileRows, WindowedRows
+from lipstream.manner import Manner
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.reader import VideoReader
 from lipstream.media.timeline import Fit, Length
@@ -47,6 +48,7 @@ from lipstream.models.text import PROMPT, PromptEmbedding
 from lipstream.models.wan_vae import WanVAE
 from lipstream.models.wav2vec_features import SpeechFeatures
 from lipstream.models.wav2vec_windowed import WindowConfig
+from lipstream.options import Silence
 from lipstream.session import TakeSession
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,8 @@ class FullSizeOptions:
 
 class FullSizeEngine:
     """A loaded full-size model; see `lipstream.engines.Engine`."""
+
+    silences: tuple[Silence, ...] = ("model", "source")
 
     def __init__(self, model: FullSizeModel, features: SpeechFeatures, window: WindowConfig | None = None) -> None:
         self.model, self.features, self.window = model, features, window
@@ -167,9 +171,11 @@ class FullSizeEngine:
         """See `Engine`."""
         return CropObserver()
 
-    def session(self, time_base: Fraction, rows: Rows, seed: int) -> TakeSession[Any, Any, Any]:
+    def session(self, time_base: Fraction, rows: Rows, seed: int, manner: Manner) -> TakeSession[Any, Any, Any]:
         """See `Engine`."""
-        return CropSession(self.model, self._compositor, time_base, rows, seed)
+        if manner.strength != 1:
+            raise ValueError(f"a full-size model has no strength (got {manner.strength}): its mouths are pictures")
+        return CropSession(self.model, self._compositor, time_base, rows, seed, manner)
 
     def rows(self, read: ReadSpeech) -> Rows:
         """See `Engine`; the official features look at the whole file, windowed ones only so far ahead."""

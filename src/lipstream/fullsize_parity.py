@@ -20,6 +20,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,11 +35,12 @@ from lipstream.faces.composite import Patch
 from lipstream.faces.mouth_mask import Float
 from lipstream.faces.official import Aligned, OfficialAligner, anchors_from_mesh
 from lipstream.faces.official_paste import OfficialCompositor
-from lipstream.faces.track import FaceTracker
+from lipstream.faces.track import FaceTrack, FaceTracker
 from lipstream.fullsize import FullSizeModel, FullSizeTake
 from lipstream.fullsize_engine import FullSizeEngine
 from lipstream.fullsize_session import Crop
 from lipstream.fullsize_speech import OfficialRows
+from lipstream.manner import Manner
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import SourceFrame, VideoReader
@@ -51,17 +53,6 @@ log = logging.getLogger(__name__)
 #: A frame [H, W, 3] uint8 RGB -> anchors [3, 2] (see `faces.official`), or None where no face shows.
 Anchors = Callable[[NDArray[np.uint8]], NDArray[np.float64] | None]
 _FPS_FIX = "bring it to constant 25 fps first (ffmpeg -i IN -r 25 OUT), or leave --parity out"
-
-
-def mesh_face() -> Anchors:
-    """Anchors by our own face tracker and mesh."""
-    tracker = FaceTracker()
-
-    def anchors(image: NDArray[np.uint8]) -> NDArray[np.float64] | None:
-        track = tracker.step(image)
-        return None if track is None else anchors_from_mesh(track.landmarks)
-
-    return anchors
 
 
 def check_source(path: str | os.PathLike[str]) -> None:
@@ -82,16 +73,24 @@ class OfficialObserver:
 
     Args:
         name: of the video, for messages.
-        anchors: where the face is.
+        anchors: where the face is; None: where our own mesh has it.
     """
 
-    def __init__(self, name: str, anchors: Anchors) -> None:
+    def __init__(self, name: str, anchors: Anchors | None = None) -> None:
         self._name, self._anchors = name, anchors
         self._aligner = OfficialAligner()
         self._first_pts: int | None = None
 
+    @cached_property
+    def _tracker(self) -> FaceTracker:
+        return FaceTracker()
+
     def step(self, frame: SourceFrame) -> Observed[Aligned, Crop]:
-        """Align one frame; frames come in order of time.
+        """Align the only face of one frame; frames come in order of time."""
+        return self.look(frame, None if self._anchors else self._tracker.step(frame.image))
+
+    def look(self, frame: SourceFrame, track: FaceTrack | None, cut: bool = False) -> Observed[Aligned, Crop]:
+        """Align a face that somebody else tracked; cuts are nothing to the official chain.
 
         Raises:
             MediaError: it does not stand on the 25 fps grid, or shows no face.
@@ -105,7 +104,10 @@ class OfficialObserver:
                 f"{frame.index / MODEL_FPS:.3f} s, and the official chain takes frames by their number",
                 _FPS_FIX,
             )
-        anchors = self._anchors(frame.image)
+        if self._anchors is not None:
+            anchors = self._anchors(frame.image)
+        else:
+            anchors = None if track is None else anchors_from_mesh(track.landmarks)
         if anchors is None:
             raise MediaError(
                 self._name,
@@ -155,7 +157,7 @@ class OfficialSession(TakeSession[Aligned, Crop, Float]):
         return OfficialTake(model, noise=noise)
 
     def _patch(
-        self, image: NDArray[np.uint8], face: Aligned, mouth: Float, after: Float | None, share: float
+        self, image: NDArray[np.uint8], face: Aligned, mouth: Float, after: Float | None, share: float, strength: float
     ) -> Patch | None:
         height, width = image.shape[:2]
         composed = self._compositor(image, mouth, face)
@@ -166,11 +168,11 @@ class ParityEngine(FullSizeEngine):
     """A loaded full-size model that runs as the reference does; see `lipstream.engines.Engine`.
 
     Args:
-        anchors: makes the function that finds a face in the frames of one run; default: our mesh.
+        anchors: makes the function that finds a face in the frames of one run; None: our mesh.
     """
 
     def __init__(
-        self, model: FullSizeModel, features: SpeechFeatures, anchors: Callable[[], Anchors] = mesh_face
+        self, model: FullSizeModel, features: SpeechFeatures, anchors: Callable[[], Anchors] | None = None
     ) -> None:
         super().__init__(model, features)
         self._anchors = anchors
@@ -185,14 +187,16 @@ class ParityEngine(FullSizeEngine):
 
     def observer(self, name: str = "the video") -> OfficialObserver:
         """See `Engine`."""
-        return OfficialObserver(name, self._anchors())
+        return OfficialObserver(name, None if self._anchors is None else self._anchors())
 
     def rows(self, read: ReadSpeech) -> OfficialRows:
         """See `Engine`."""
         return OfficialRows(self.features, read)
 
-    def session(self, time_base: Fraction, rows: Rows, seed: int) -> OfficialSession:
+    def session(self, time_base: Fraction, rows: Rows, seed: int, manner: Manner) -> OfficialSession:
         """See `Engine`; the rows are those of :meth:`rows`."""
+        if manner.strength != 1 or manner.silence != "model":
+            raise ValueError("a parity run has the model's own mouths: leave out --strength and --silence")
         if not isinstance(rows, OfficialRows):
             raise ValueError("the official chain needs the official rows: they tell how long the clip is")
         return OfficialSession(self.model, self._official, time_base, rows, seed)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -25,8 +26,10 @@ from lipstream.faces.canvas import Alignment, FaceCanvas
 from lipstream.faces.composite import Patch
 from lipstream.faces.crop import CropAligner, CropCompositor, read_crop
 from lipstream.faces.official import TEMPLATE
-from lipstream.faces.track import FaceTracker
+from lipstream.faces.pose import FrontalGate
+from lipstream.faces.track import FaceTrack, FaceTracker
 from lipstream.fullsize import FullSizeModel, FullSizeTake
+from lipstream.manner import PLAIN, Manner
 from lipstream.media.reader import SourceFrame
 from lipstream.session import Observed, TakeSession
 
@@ -51,25 +54,37 @@ class CropObserver:
     """First half: where is the face, and its aligned crop."""
 
     def __init__(self) -> None:
-        self._tracker = FaceTracker()
         self._aligner = CropAligner(FaceCanvas())
+        self._frontal = FrontalGate()
         self._before: tuple[CropFace, Crop] | None = None
 
+    @cached_property
+    def _tracker(self) -> FaceTracker:
+        return FaceTracker()
+
     def step(self, frame: SourceFrame) -> Observed[CropFace, Crop]:
-        """Track one frame; frames come in order of time."""
-        track = self._tracker.step(frame.image)
+        """Track the only face of one frame; frames come in order of time."""
+        return self.look(frame, self._tracker.step(frame.image))
+
+    def look(self, frame: SourceFrame, track: FaceTrack | None, cut: bool = False) -> Observed[CropFace, Crop]:
+        """What there is to see of a face that somebody else tracked; see `session.Observer`."""
+        if cut:
+            self._aligner.reset()
+            self._frontal.reset()
         if track is None:
-            return Observed(frame, None, None, False)
+            return Observed(frame, None, None, cut)
         if self._before is not None and self._before[0].id != track.id:
             self._aligner.reset()
         face = CropFace(self._aligner.step(track.landmarks), track.id)
         crop = read_crop(frame.image, face.alignment)
-        cut = self._before is not None and _is_cut(*self._before, face, crop)
-        if cut:  # the framing of the face before is no part of this one's
+        if not cut and self._before is not None and _is_cut(*self._before, face, crop):
+            cut = True  # the framing of the face before is no part of this one's
             self._aligner.reset()
             face = CropFace(self._aligner.step(track.landmarks), track.id)
             crop = read_crop(frame.image, face.alignment)
         self._before = face, crop
+        if not self._frontal.step(track.landmarks):
+            return Observed(frame, None, None, cut)
         return Observed(frame, face, crop, cut)
 
 
@@ -97,7 +112,7 @@ class CropSession(TakeSession[CropFace, Crop, Crop]):
     Args:
         model: the networks.
         compositor: how crops go back.
-        time_base, rows: see :class:`TakeSession`.
+        time_base, rows, manner: see :class:`TakeSession`.
         seed: of all noise.
     """
 
@@ -108,15 +123,16 @@ class CropSession(TakeSession[CropFace, Crop, Crop]):
         time_base: Fraction,
         rows: Callable[[int, int], Tensor],
         seed: int = 0,
+        manner: Manner = PLAIN,
     ) -> None:
-        super().__init__(time_base, rows)
+        super().__init__(time_base, rows, manner)
         self._model, self._compositor, self._seed = model, compositor, seed
 
     def _new_take(self) -> FullSizeTake:
         return FullSizeTake(self._model, self._seed)
 
     def _patch(
-        self, image: NDArray[np.uint8], face: CropFace, mouth: Crop, after: Crop | None, share: float
+        self, image: NDArray[np.uint8], face: CropFace, mouth: Crop, after: Crop | None, share: float, strength: float
     ) -> Patch | None:
         nearest = mouth if after is None or share < 0.5 else after
-        return self._compositor(image, face.alignment, nearest)
+        return self._compositor(image, face.alignment, nearest, strength)

@@ -29,6 +29,7 @@ from lipstream.models.dit import Conditions, DiT
 
 OFFSET_RATE = 0.04  # per pixel frame: a time constant of one second
 WIDEST_FACTOR, WIDEST_PX = 1.2, 7.0  # how far beyond the source's widest opening (crop px) a generated one may go
+SHUT_PX = 0.6  # opening of closed lips as the ruler reads it
 PRESSED_PX = 3.0  # and how far lips press beyond its most closed one
 REFERENCE_RATE = 0.12  # of the running mean per latent frame (0.16 s): a time constant of 1.3 s
 
@@ -73,6 +74,7 @@ class MouthModel:
         self.guidance = guidance
         self.canvas = FaceCanvas()
         self.ruler = LipRuler(self.canvas)
+        self.gaping = torch.from_numpy(self.canvas.gaping_field())
         self.dtype = dtype
 
     @classmethod
@@ -91,15 +93,23 @@ def bent(opening: float, limit: float) -> float:
     return opening if opening >= 0 else PRESSED_PX * math.tanh(opening / PRESSED_PX)
 
 
+def _straight(shape: Tensor, own: Tensor, lips: Tensor) -> Tensor:
+    """A shape [20, 20, 2] whose lips stay where the source's ``own`` are from left to right; changed in place."""
+    sideways = ((shape - own) * lips)[..., 0].sum() / lips.sum()
+    shape[..., 0] -= lips[..., 0] * sideways
+    return shape
+
+
 class Take:
     """State of one face's uninterrupted stretch of video; see the module docstring.
 
     Args:
         seed: of all noise; chunk k's noise depends on (seed, k) only.
+        strength: movement of the lips around the closed mouth; the limits of the opening stay.
     """
 
-    def __init__(self, model: MouthModel, seed: int = 0) -> None:
-        self.model = model
+    def __init__(self, model: MouthModel, seed: int = 0, strength: float = 1.0) -> None:
+        self.model, self._strength = model, strength
         grid = model.codec.config.grid
         self._codec = model.codec.stream_view(1)
         self._rollout = Rollout(model.dit, batch=1, height=grid, width=grid, seed=seed, guidance=model.guidance)
@@ -118,12 +128,13 @@ class Take:
         return FIRST_CHUNK_PIXEL_FRAMES if self._rollout.chunk == 0 else CHUNK_PIXEL_FRAMES
 
     @torch.inference_mode()
-    def step(self, frames: Sequence[CanvasFrame], speech: Tensor) -> list[Mouth]:
+    def step(self, frames: Sequence[CanvasFrame], speech: Tensor, quiet: Float | None = None) -> list[Mouth]:
         """Generate the mouths of one chunk.
 
         Args:
             frames: ``next_pixel_frames`` source frames.
             speech: [pixel frames, D] rows of the speech encoder for the same frames.
+            quiet: [pixel frames] in 0..1, how far to close the lips, whatever the model says.
 
         Raises:
             ValueError: wrong number of frames or rows.
@@ -152,6 +163,8 @@ class Take:
         # Once the source has shown the inside of its mouth, the painter has nothing more to say.
         painted = None if self._memory.shown_any else self._codec.decode(x0, z, textures)
         shapes = self._keep_outline(self._fields(x0), self._fields(resting_z), fields[0])
+        if quiet is not None and quiet.any():
+            shapes = self._close(shapes, torch.where(self._mask > 0, shut + posed, z), fields[0], quiet)
         paint, gate = self._inside(shapes, fields[0], textures[0], painted)
         return self._mouths(shapes, paint, gate)
 
@@ -199,7 +212,7 @@ class Take:
         for frame, own in zip(generated.unbind(2), neutral.unbind(2), strict=True):
             moved = own + codec.as_mouths_move(frame - own)
             opening = float(ruler.opening(codec.decode_fields(moved)).mean()) - closed
-            gain = bent(opening, limit) / opening if abs(opening) > 1e-3 else 1.0
+            gain = bent(self._strength * opening, limit) / opening if abs(opening) > 1e-3 else self._strength
             kept.append(torch.cat([torch.lerp(rest[:, :shape], moved[:, :shape], gain), moved[:, shape:]], 1))
         return torch.stack(kept, 2)
 
@@ -225,10 +238,19 @@ class Take:
                 difference if self._offset is None else self._offset + OFFSET_RATE * (difference - self._offset)
             )
             shape = generated - self._outline * self._offset
-            sideways = ((shape - own) * lips)[..., 0].sum() / lips.sum()
-            shape[..., 0] -= lips[..., 0] * sideways
-            kept.append(shape)
+            kept.append(_straight(shape, own, lips))
         return torch.stack(kept)
+
+    def _close(self, shapes: Tensor, shut_z: Tensor, source: Tensor, quiet: Float) -> Tensor:
+        """Shapes [F, 20, 20, 2] with the lips closed by ``quiet`` [F]: the source's most closed mouth in its own pose.
+
+        A source that has never closed its mouth is closed beyond that, lip on lip.
+        """
+        lips = 1 - self._outline
+        closed = torch.stack([_straight(c, own, lips) for c, own in zip(self._fields(shut_z), source, strict=True)])
+        gap = (self.model.ruler.opening(closed) - SHUT_PX).clamp(min=0)
+        closed = closed - gap[:, None, None, None] * self.model.gaping
+        return torch.lerp(shapes, closed, torch.from_numpy(quiet)[:, None, None, None])
 
     def _inside(
         self, shapes: Tensor, source: Tensor, textures: Tensor, painted: Decoded | None

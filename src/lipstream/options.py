@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from lipstream.media.encoder import Quality
 from lipstream.media.timeline import FILLS, Fit, Length
+from lipstream.speaker import parse_speaker
+
+Silence = Literal["close", "source", "model"]
 
 MAX_DELAY_MS = 3_600_000
+MAX_STRENGTH = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,12 @@ class SyncOptions:
         audio_track: which sound of the speech file, 1 is the first; None: the one marked as default, else the first.
         quality: preset of the video encoder; see `media.encoder`.
         crf: instead of the preset's own, 0..51, lower is better.
+        speaker: whose lips follow the speech: "auto" (whoever speaks in the source, else the largest face), "largest",
+            "left", "right", "X,Y@SECONDS" (pixels or fractions) or a picture of the person.
+        voices: further speakers of the same video, (speaker, speech file) each; the result's sound is the mix.
+        strength: how far the lips move around the closed mouth, 0..2; 1 is as the model has it, 0.7 to 1.3 is safe.
+        silence: where the speech is silent, "close" shuts the lips, "source" shows the source's own mouth, "model"
+            leaves it to the model. None: "close" for the small model, "model" at full size.
 
     Raises:
         ValueError: values that do not exist or do not go together.
@@ -39,13 +49,19 @@ class SyncOptions:
     audio_track: int | None = None
     quality: Quality = "good"
     crf: int | None = None
+    speaker: str = "auto"
+    voices: tuple[tuple[str, str], ...] = ()
+    strength: float = 1.0
+    silence: Silence | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (
+        choices: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
             ("length", self.length, get_args(Length)),
             ("fit", self.fit, get_args(Fit)),
             ("quality", self.quality, get_args(Quality)),
-        ):
+            ("silence", self.silence, get_args(Silence)),
+        )
+        for name, value, known in choices:
             if value is not None and value not in known:
                 raise ValueError(f"unknown {name} '{value}': there are {', '.join(known)}")
         if self.resolved_length not in FILLS[self.resolved_fit]:
@@ -59,6 +75,12 @@ class SyncOptions:
             raise ValueError(f"crf must lie in 0..51, got {self.crf}")
         if self.crf is not None and self.quality == "lossless":
             raise ValueError(f"quality 'lossless' takes no crf, got {self.crf}")
+        if not 0 <= self.strength <= MAX_STRENGTH:
+            raise ValueError(f"strength must lie in 0..{MAX_STRENGTH:g}, got {self.strength}")
+        speakers = [parse_speaker(text) for text in (self.speaker, *(name for name, _ in self.voices))]
+        for i, speaker in enumerate(speakers):
+            if speaker in speakers[:i]:
+                raise ValueError(f"speaker '{speaker.text}' has two voices; name another one for the second")
 
     @property
     def resolved_fit(self) -> Fit:

@@ -16,14 +16,15 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lipstream.background import Ahead
+from lipstream.casting import Cast, no_speaker, speakers_of
 from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
+from lipstream.media.mix import mixed_sound
 from lipstream.media.opening import MediaError
 from lipstream.media.plan import Plan
 from lipstream.media.probe import probe
@@ -33,7 +34,8 @@ from lipstream.media.writer import VideoWriter
 from lipstream.memory import MemoryNeed
 from lipstream.mouth import MouthModel
 from lipstream.options import SyncOptions
-from lipstream.session import Observed, SyncedFrame
+from lipstream.session import SyncedFrame
+from lipstream.voices import Looked, Voices
 
 log = logging.getLogger(__name__)
 
@@ -94,26 +96,35 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Run:
-    """The two files of one run, opened, and what it promises."""
+    """The files of one run, opened, who speaks in it, and what it promises."""
 
     source: BouncingReader
-    speech: SpeechReader
+    speeches: tuple[SpeechReader, ...]
+    cast: Cast
     plan: Plan
+    options: SyncOptions
 
     @classmethod
     def of(cls, engine: Engine, video: PathLike, audio: PathLike, options: SyncOptions) -> _Run:
         """Look at both files in a process of its own, then open them here."""
         probed = probe(video, need="video")
-        probe(audio, need="audio")
-        length, fit = options.resolved_length, options.resolved_fit
-        samples = count_speech_samples(audio, options.audio_track, options.audio_delay_ms)
-        if not samples:
-            raise MediaError(audio, "its sound has no samples", "use a file with speech in it, and no larger delay")
-        source = engine.frames(VideoReader(video), samples, length, fit)
+        length, fit, delay_ms = options.resolved_length, options.resolved_fit, options.audio_delay_ms
+        tracks = [(audio, options.audio_track), *((voice, None) for _, voice in options.voices)]
+        samples = 0
+        for sound, track in tracks:
+            probe(sound, need="audio")
+            count = count_speech_samples(sound, track, delay_ms)
+            if not count:
+                raise MediaError(sound, "its sound has no samples", "use a file with speech in it, and no larger delay")
+            samples = max(samples, count)
+        reader = VideoReader(video)
+        source = engine.frames(reader, samples, length, fit)
         return cls(
             source=source,
-            speech=SpeechReader(audio, options.audio_track, options.audio_delay_ms),
+            speeches=tuple(SpeechReader(sound, track, delay_ms) for sound, track in tracks),
+            cast=Cast(reader, speakers_of(options)),
             plan=Plan.of(probed, samples, length, fit, source.frames),
+            options=options,
         )
 
 
@@ -225,11 +236,12 @@ class LipSync:
         frames = synced = 0
         gaps: list[tuple[int, int]] = []
         with (
+            mixed_sound((audio, options.audio_track), [voice for _, voice in options.voices]) as (sound, track),
             VideoWriter(
                 output,
                 like=run.source.reader,
-                audio=audio,
-                track=options.audio_track,
+                audio=sound,
+                track=track,
                 delay_ms=options.audio_delay_ms,
                 quality=options.quality,
                 crf=options.crf,
@@ -251,9 +263,7 @@ class LipSync:
                         else [*gaps, (frames - 1, frames)]
                     )
             if not synced:
-                raise MediaError(
-                    video, f"shows no face in any of its {frames} frames", "use a video of a talking person"
-                )
+                raise no_speaker(video, frames, run.cast)
         seconds = time.perf_counter() - clock.started
         return SyncReport(
             output=Path(output),
@@ -282,14 +292,13 @@ class LipSync:
     ) -> Generator[SyncedFrame, None, None]:
         source, total = run.source, run.plan.frames
         ahead_frames = queue_frames(source.reader)
-        observer = self.engine.observer(source.reader.path)
-        rows = self.engine.rows(run.speech.read)
-        session = self.engine.session(source.reader.time_base, rows, self.seed)
+        reads = [speech.read for speech in run.speeches]
+        session = Voices(self.engine, run.cast, reads, source.reader.time_base, self.seed, run.options)
 
-        def observed() -> Iterator[Observed[Any, Any]]:
+        def observed() -> Iterator[Looked]:
             for frame in source:
                 since = time.perf_counter()
-                seen = observer.step(frame)
+                seen = session.look(frame)
                 if frame.stored.width * frame.stored.height > _KEPT_IMAGE_PIXELS:
                     frame.forget_image()
                 clock.add("faces", since)

@@ -16,8 +16,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -27,7 +28,10 @@ from torch import Tensor
 
 from lipstream.faces.canvas import KNOWN_ROWS_PX, Alignment, FaceCanvas, Float
 from lipstream.faces.composite import Compositor, Patch
-from lipstream.faces.track import FaceTracker
+from lipstream.faces.occlusion import Cover
+from lipstream.faces.pose import FrontalGate
+from lipstream.faces.track import FaceTrack, FaceTracker
+from lipstream.manner import PLAIN, Manner
 from lipstream.media.reader import SourceFrame, replace_region
 from lipstream.media.timeline import MODEL_FPS, GridSampler
 from lipstream.mouth import CanvasFrame, Mouth, MouthModel, Take
@@ -38,6 +42,9 @@ MAX_JUMP_CROP_PX = 60.0  # more than half the distance between the eyes from one
 # So is another face in the same place. Mean difference of nose and cheeks on the canvas, of 255: at most 14 from frame
 # to frame of 58 clips (synthetic, GRID and moving heads), more than 18 between 99 % of pairs of people.
 MAX_CHANGE = 18.0
+# A mouth comes and goes in a fifth of a second where its face is lost, turns away or is covered.
+FADE_SECONDS = 0.2
+MAX_COVERED = 0.3  # of the mouth's mask; beyond it, the frame stays as it is
 
 FaceT = TypeVar("FaceT")  # where a face is on its frame
 ViewT = TypeVar("ViewT")  # what the networks see of it
@@ -65,11 +72,17 @@ class Face:
     alignment: Alignment
     field: Float
     id: int
+    covered: Float | None = None  # [CANVAS_PX, CANVAS_PX] in 0..1: where something stands before the face
 
 
 @dataclass(frozen=True)
 class Observed(Generic[FaceT, ViewT]):
-    """A source frame and the face on it, if any. ``cut`` marks a face that does not continue the one before."""
+    """A source frame and the face on it, if any.
+
+    Attributes:
+        face, view: None where the frame is to stay as it is, and fades are to lead to it.
+        cut: this face, or this picture, does not continue the one before.
+    """
 
     frame: SourceFrame
     face: FaceT | None
@@ -112,35 +125,60 @@ class Observer:
 
     def __init__(self, canvas: FaceCanvas) -> None:
         self._canvas = canvas
-        self._tracker = FaceTracker()
-        self._before: tuple[Face, CanvasFrame] | None = None
+        self._frontal = FrontalGate()
+        self._cover = Cover()
+        self._face_before: Face | None = None
+        self._canvas_before: CanvasFrame | None = None  # of the last frame that was not passed
+
+    @cached_property
+    def _tracker(self) -> FaceTracker:
+        return FaceTracker()
 
     def step(self, frame: SourceFrame) -> Observed[Face, CanvasFrame]:
-        """Track one frame; frames come in order of time."""
-        image = frame.image
-        track = self._tracker.step(image)
+        """Track the only face of one frame; frames come in order of time."""
+        return self.look(frame, self._tracker.step(frame.image))
+
+    def look(self, frame: SourceFrame, track: FaceTrack | None, cut: bool = False) -> Observed[Face, CanvasFrame]:
+        """What there is to see of a face that somebody else tracked.
+
+        Args:
+            cut: the picture itself does not continue the one before.
+        """
+        if cut:
+            self._frontal.reset()
         if track is None:
-            return Observed(frame, None, None, False)
+            return Observed(frame, None, None, cut)
         alignment = self._canvas.align(track.landmarks)
         field = self._canvas.field(track.landmarks, alignment)
+        canvas = CanvasFrame(field, self._canvas.texture(frame.image, field, alignment))
         face = Face(alignment, field, track.id)
-        canvas = CanvasFrame(field, self._canvas.texture(image, field, alignment))
-        cut = self._before is not None and self._is_cut(*self._before, face, canvas)
-        self._before = face, canvas
-        return Observed(frame, face, canvas, cut)
+        cut = cut or (self._face_before is not None and _moved(self._face_before, face))
+        self._face_before = face
+        if cut:
+            self._cover.reset()
+        frontal = self._frontal.step(track.landmarks)
+        covered, share = self._cover.step(canvas.texture, frontal)
+        if not frontal or share > MAX_COVERED:
+            return Observed(frame, None, None, cut)
+        if self._canvas_before is not None and not cut:
+            cut = _look_change(self._canvas_before, canvas) > MAX_CHANGE
+        self._canvas_before = canvas
+        return Observed(frame, replace(face, covered=covered), canvas, cut)
 
-    @staticmethod
-    def _is_cut(face_before: Face, canvas_before: CanvasFrame, face: Face, canvas: CanvasFrame) -> bool:
-        """Whether it is another face, or it leapt (the old crop's origin seen in the new crop), or looks different."""
-        if face_before.id != face.id:
-            return True
-        origin = face_before.alignment.inverse[:, 2]
-        moved = face.alignment.matrix[:, :2] @ origin + face.alignment.matrix[:, 2]
-        if np.hypot(moved[0], moved[1]) > MAX_JUMP_CROP_PX:
-            return True
-        known = np.s_[2:KNOWN_ROWS_PX:4, 4:-4:4]
-        change = canvas.texture[known].astype(np.float32) - canvas_before.texture[known]
-        return bool(np.abs(change).mean() > MAX_CHANGE)
+
+def _moved(before: Face, face: Face) -> bool:
+    """Whether it is another face, or it leapt (the old crop's origin seen in the new crop)."""
+    if before.id != face.id:
+        return True
+    origin = before.alignment.inverse[:, 2]
+    moved = face.alignment.matrix[:, :2] @ origin + face.alignment.matrix[:, 2]
+    return bool(np.hypot(moved[0], moved[1]) > MAX_JUMP_CROP_PX)
+
+
+def _look_change(before: CanvasFrame, canvas: CanvasFrame) -> float:
+    """How differently nose and cheeks look, mean absolute difference of 255."""
+    known = np.s_[2:KNOWN_ROWS_PX:4, 4:-4:4]
+    return float(np.abs(canvas.texture[known].astype(np.float32) - before.texture[known]).mean())
 
 
 class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
@@ -150,16 +188,19 @@ class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
         time_base: unit of the source's pts.
         rows: ``rows(start, stop)`` gives the speech encoder's rows [stop - start, D] of those model frames; silence
             where the speech has ended.
+        manner: how the mouth speaks, and what it does in silence.
     """
 
-    def __init__(self, time_base: Fraction, rows: Callable[[int, int], Tensor]) -> None:
-        self._rows = rows
+    def __init__(self, time_base: Fraction, rows: Callable[[int, int], Tensor], manner: Manner = PLAIN) -> None:
+        self._rows, self._manner = rows, manner
         self._grid: GridSampler[_Placed[FaceT, ViewT]] = GridSampler(time_base)
         self._time_base = time_base
         self._origin: int | None = None
         self._shot = 0
         self._waiting: deque[_Placed[FaceT, ViewT]] = deque()
         self._mouths: dict[int, tuple[int, MouthT]] = {}  # model frame -> (shot, mouth)
+        self._quiet: dict[int, float] = {}  # model frame -> how much of it is silence, where that shows the source
+        self._passed: tuple[float, int] | None = None  # time (s) and shot of the last frame that stayed as it was
         self._decided = 0  # model frames below this have their mouth (or none, where no face showed)
         self._take: AnyTake[ViewT, MouthT] | None = None
         self._take_shot = 0
@@ -173,9 +214,22 @@ class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
 
     @abstractmethod
     def _patch(
-        self, image: NDArray[np.uint8], face: FaceT, mouth: MouthT, after: MouthT | None, share: float
+        self,
+        image: NDArray[np.uint8],
+        face: FaceT,
+        mouth: MouthT,
+        after: MouthT | None,
+        share: float,
+        strength: float,
     ) -> Patch | None:
-        """Put a mouth into an image; where ``after`` is given, the image stands ``share`` of the way towards it."""
+        """Put a mouth into an image; where ``after`` is given, the image stands ``share`` of the way towards it.
+
+        ``strength`` is how much of the mouth there is to be, 1 or on the way between the source's mouth and it.
+        """
+
+    def _speak(self, take: AnyTake[ViewT, MouthT], views: list[ViewT], start: int) -> list[MouthT]:
+        """One step of a take that begins at model frame ``start``."""
+        return take.step(views, self._rows(start, start + len(views)))
 
     def push(self, observed: Observed[FaceT, ViewT]) -> list[SyncedFrame]:
         """Take the next source frame; gives the frames that are finished now."""
@@ -223,12 +277,15 @@ class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
         assert self._take is not None
         valid, need = len(self._chunk), self._take.next_pixel_frames
         frames = self._chunk + [self._chunk[-1]] * (need - valid)
-        mouths = self._take.step(frames, self._rows(self._decided, self._decided + need))
+        mouths = self._speak(self._take, frames, self._decided)
+        quiet = self._manner.quiet(self._decided, self._decided + need) if self._manner.silence == "source" else None
         # Where a source frame shows for long, most model frames belong to nobody: they are not kept.
         wanted = {place + step for place, _ in map(self._place, self._waiting) for step in (0, 1)}
-        for mouth in mouths[:valid]:
+        for step, mouth in enumerate(mouths[:valid]):
             if self._decided in wanted:
                 self._mouths[self._decided] = (self._take_shot, mouth)
+                if quiet is not None:
+                    self._quiet[self._decided] = float(quiet[step])
             self._decided += 1
         self._chunk = []
 
@@ -252,26 +309,56 @@ class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
     def _finished(self, final: bool) -> Iterator[SyncedFrame]:
         while self._waiting:
             lower, share = self._place(self._waiting[0])
-            if self._decided < lower + (2 if share else 1) and not final:
+            if not final and (self._decided < lower + (2 if share else 1) or not self._sees_ahead()):
                 return
-            yield self._compose(self._waiting.popleft(), min(lower, self._decided - 1), share)
+            strength = self._fade(self._waiting[0])
+            yield self._compose(self._waiting.popleft(), min(lower, self._decided - 1), share, strength)
             for old in [i for i in self._mouths if i < lower]:
                 del self._mouths[old]
+                self._quiet.pop(old, None)
+
+    def _seconds(self, placed: _Placed[FaceT, ViewT]) -> float:
+        return float((placed.observed.frame.pts - (self._origin or 0)) * self._time_base)
+
+    def _sees_ahead(self) -> bool:
+        """Whether it is known if the first waiting frame lies in a fade."""
+        first, newest = self._waiting[0], self._waiting[-1]
+        return newest.shot != first.shot or self._seconds(newest) - self._seconds(first) >= FADE_SECONDS
+
+    def _fade(self, placed: _Placed[FaceT, ViewT]) -> float:
+        """How much of the new mouth a frame gets: less near a frame of the same shot that stays as it was, 0 on it."""
+        now = self._seconds(placed)
+        if placed.observed.view is None:
+            self._passed = now, placed.shot
+            return 0.0
+        gaps = [FADE_SECONDS]
+        if self._passed is not None and self._passed[1] == placed.shot:
+            gaps.append(now - self._passed[0])
+        for later in self._waiting:
+            ahead = self._seconds(later) - now
+            if later.shot != placed.shot or ahead >= FADE_SECONDS:
+                break
+            if later.observed.view is None:
+                gaps.append(ahead)
+                break
+        u = min(gaps) / FADE_SECONDS
+        return u * u * (3 - 2 * u)
 
     def _mouth(self, model_frame: int, shot: int) -> MouthT | None:
         """The mouth of a model frame, if it was generated for this shot."""
         made_for, mouth = self._mouths.get(model_frame, (shot, None))
         return mouth if made_for == shot else None
 
-    def _compose(self, placed: _Placed[FaceT, ViewT], lower: int, share: float) -> SyncedFrame:
+    def _compose(self, placed: _Placed[FaceT, ViewT], lower: int, share: float, strength: float) -> SyncedFrame:
         frame, face = placed.observed.frame, placed.observed.face
         mouth = self._mouth(lower, placed.shot)
         after = self._mouth(lower + 1, placed.shot) if share else None
         if mouth is None:  # the shot, or its face, begins between two model frames
             mouth, after = after, None
+        strength *= 1 - self._quiet.get(lower, 0.0)
         patch = None
-        if face is not None and mouth is not None:
-            patch = self._patch(frame.image, face, mouth, after, share)
+        if face is not None and mouth is not None and strength > 0:
+            patch = self._patch(frame.image, face, mouth, after, share, strength)
         if patch is None:
             return SyncedFrame(frame.index, frame.pts, frame.time_base, frame, False, None)
         changed = replace_region(frame, patch.rgb, patch.box, (patch.alpha > 0).astype(np.float32))
@@ -283,29 +370,49 @@ class Session(TakeSession[Face, CanvasFrame, Mouth]):
 
     Args:
         model: the networks.
-        time_base, rows: see :class:`TakeSession`.
+        time_base, rows, manner: see :class:`TakeSession`.
         seed: of all noise.
     """
 
     def __init__(
-        self, model: MouthModel, time_base: Fraction, rows: Callable[[int, int], Tensor], seed: int = 0
+        self,
+        model: MouthModel,
+        time_base: Fraction,
+        rows: Callable[[int, int], Tensor],
+        seed: int = 0,
+        manner: Manner = PLAIN,
     ) -> None:
-        super().__init__(time_base, rows)
+        super().__init__(time_base, rows, manner)
         self._model, self._seed = model, seed
         self._compositor = Compositor(model.canvas)
 
     def _new_take(self) -> Take:
-        return Take(self._model, self._seed)
+        return Take(self._model, self._seed, self._manner.strength)
+
+    def _speak(self, take: AnyTake[CanvasFrame, Mouth], views: list[CanvasFrame], start: int) -> list[Mouth]:
+        stop = start + len(views)
+        speech = self._rows(start, stop)
+        if self._manner.silence != "close":
+            return take.step(views, speech)
+        assert isinstance(take, Take)
+        return take.step(views, speech, self._manner.quiet(start, stop))
 
     def _patch(
-        self, image: NDArray[np.uint8], face: Face, mouth: Mouth, after: Mouth | None, share: float
+        self, image: NDArray[np.uint8], face: Face, mouth: Mouth, after: Mouth | None, share: float, strength: float
     ) -> Patch | None:
-        """Shapes are mixed by time, paint comes from the nearest mouth."""
+        """Shapes are mixed by time, paint comes from the nearest mouth.
+
+        A fade moves the source's own lips less far: pictures laid over each other would show two mouths.
+        """
         field, nearest = mouth.field, mouth
         if after is not None:
             field = mouth.field + np.float32(share) * (after.field - mouth.field)
             nearest = mouth if share < 0.5 else after
-        return self._compositor(image, face.alignment, face.field, field, nearest.paint, nearest.gate)
+        gate = nearest.gate
+        if strength < 1:
+            field = face.field + np.float32(strength) * (field - face.field)
+            gate = np.float32(strength) * gate
+        return self._compositor(image, face.alignment, face.field, field, nearest.paint, gate, face.covered)
 
 
 class SpeechRows:

@@ -63,7 +63,7 @@ def add_parser(subparsers: Any) -> None:
         (speed, _speed),
         (torture, _torture),
     )
-    for parser, action in measures.items():
+    for parser, action in measures:
         parser.add_argument("--json", type=Path, metavar="OUT", help="write every figure to a file")
         add_model(parser)
         add_verbose(parser)

@@ -26,7 +26,7 @@ from lipstream.media.encoder import Quality
 from lipstream.media.plan import Plan
 from lipstream.media.probe import probe
 from lipstream.media.timeline import Fit, Length
-from lipstream.options import SyncOptions
+from lipstream.options import Silence, SyncOptions
 
 DESCRIPTION = (
     "Write VIDEO with lips that speak AUDIO. Size, frames and timestamps stay; AUDIO becomes the sound. Speech longer "
@@ -53,9 +53,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `lipstream sync`; returns the exit status."""
     options = sync_options(args)
-    check_output(args.output, (args.video, args.audio), force=args.force)
+    sounds = (args.audio, *(Path(file) for _, file in options.voices))
+    check_output(args.output, (args.video, *sounds), force=args.force)
     probe(args.video, need="video")  # a wrong file is reported before torch is loaded
-    probe(args.audio, need="audio")
+    for sound in sounds:
+        probe(sound, need="audio")
 
     def tell(plan: Plan) -> None:
         print(f"{args.output}: {plan}", file=sys.stderr, flush=True)
@@ -93,6 +95,44 @@ def add_sync_options(parser: argparse.ArgumentParser) -> None:
         "--quality", choices=get_args(Quality), default="good", help="preset of the video encoder (default: good)"
     )
     parser.add_argument("--crf", type=int, help="instead of the preset's own; lower is better (good: 16)")
+    add_speech(parser)
+
+
+def add_speech(parser: argparse.ArgumentParser) -> None:
+    """The options that say who speaks, and how."""
+    group = parser.add_argument_group("who speaks, and how")
+    group.add_argument(
+        "--speaker",
+        default="auto",
+        metavar="WHO",
+        help="auto (default: whoever speaks in VIDEO, else the largest face), largest, left, right, X,Y@SECONDS "
+        "(pixels or fractions of the picture), or a picture of the person",
+    )
+    group.add_argument(
+        "--voice",
+        action="append",
+        default=[],
+        type=voice,
+        metavar="WHO=FILE",
+        help="a further speaker and their speech, e.g. right=b.wav; may be repeated. The sound is the mix of all",
+    )
+    group.add_argument(
+        "--silence",
+        choices=get_args(Silence),
+        help="where the speech is silent: close the lips (default), show the source's own mouth, or leave it to the "
+        "model (default at full size)",
+    )
+    group.add_argument(
+        "--strength", type=float, default=1.0, help="how far the lips move, 0 to 2; 0.7 to 1.3 is safe (default: 1)"
+    )
+
+
+def voice(text: str) -> tuple[str, str]:
+    """An argument type: WHO=FILE."""
+    who, equals, file = text.partition("=")
+    if not (who and equals and file):
+        raise argparse.ArgumentTypeError(f"must be WHO=FILE, e.g. right=b.wav, got '{text}'")
+    return who, file
 
 
 def sync_options(args: argparse.Namespace) -> SyncOptions:
@@ -104,6 +144,10 @@ def sync_options(args: argparse.Namespace) -> SyncOptions:
         audio_track=args.audio_track,
         quality=args.quality,
         crf=args.crf,
+        speaker=args.speaker,
+        voices=tuple(args.voice),
+        strength=args.strength,
+        silence=args.silence,
     )
 
 

@@ -25,7 +25,11 @@ from lipstream.options import SyncOptions
 from lipstream.pipeline import LipSync
 
 # Where cases live; append a module to add some.
-MODULES = ["lipstream.evaluation.torture_media", "lipstream.evaluation.torture_hostile"]
+MODULES = [
+    "lipstream.evaluation.torture_media",
+    "lipstream.evaluation.torture_hostile",
+    "lipstream.evaluation.torture_faces",
+]
 
 
 class Broken(Exception):  # noqa: N818 - what happens to a promise

@@ -39,6 +39,16 @@ KNOWN_ROWS_PX = 48  # rows above: nose and cheeks, which tell the pose; below: t
 # MediaPipe mesh: upper and lower inner lip at three places, and the inner corners of the mouth.
 INNER_LIP_PAIRS = ((13, 14), (82, 87), (312, 317))
 INNER_LIP_CORNERS = (78, 308)
+# Red of the lips without the corners, and the tip of the chin.
+_UPPER_LIP = frozenset((
+    0, 11, 12, 13, 37, 38, 39, 40, 41, 42, 72, 73, 74, 80, 81, 82, 267, 268, 269, 270, 271, 272, 302, 303, 304, 310,
+    311, 312,
+))  # fmt: skip
+_LOWER_LIP = frozenset((
+    14, 15, 16, 17, 84, 85, 86, 87, 88, 89, 90, 91, 95, 178, 179, 180, 181, 314, 315, 316, 317, 318, 319, 320, 321, 324,
+    402, 403, 404, 405,
+))  # fmt: skip
+_CHIN = frozenset((18, 83, 313, 200, 199, 175, 152, 201, 421, 208, 428, 171, 396, 148, 377))
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,15 @@ class FaceCanvas:
             return np.asarray(weight @ self._to_landmarks, np.float32), float(weight @ self._rest_points[:, axis])
 
         return ruler(INNER_LIP_PAIRS, 1), ruler((INNER_LIP_CORNERS,), 0)
+
+    def gaping_field(self) -> Float:
+        """The shape field [FIELD, FIELD, 2] of lips that part by one crop px, mostly by the lower lip and the chin."""
+        moved = np.zeros((len(self.ids), 2), np.float32)
+        for landmarks, share in ((_UPPER_LIP, -0.3), (_LOWER_LIP, 0.7), (_CHIN, 0.5)):
+            moved[[i for i, landmark in enumerate(self.ids) if int(landmark) in landmarks], 1] = share
+        field = np.asarray(self._landmarks_to_field @ moved, np.float32).reshape(FIELD, FIELD, 2)
+        weights = self.lip_rulers()[0][0]
+        return np.asarray(field / float(field[..., 1].ravel() @ weights), np.float32)
 
     # ---------------------------------------------------------------- texture
 

@@ -93,6 +93,7 @@ class Compositor:
         target_field: Float,
         paint: NDArray[np.uint8],
         gate: Float,
+        covered: Float | None = None,
     ) -> Patch | None:
         """Render one frame's new mouth.
 
@@ -103,12 +104,14 @@ class Compositor:
                 target through the codec is off by 0.1 crop px on average, which nobody sees.)
             paint: [CANVAS_PX, CANVAS_PX, 3] uint8 painted texture on the canvas.
             gate: [CANVAS_PX, CANVAS_PX] in 0..1, how much of the paint shows.
+            covered: [CANVAS_PX, CANVAS_PX] in 0..1, where something stands before the face and has to stay in front.
 
         Returns:
             The patch, or None where the mouth lies outside the picture.
         """
         source_map = self.canvas.rest_map + self.canvas.dense(source_field)
-        motion = self._mask[..., None] * self.canvas.dense(target_field - source_field)
+        mask = self._mask if covered is None else self._mask * (1 - covered)
+        motion = mask[..., None] * self.canvas.dense(target_field - source_field)
         target_map = source_map + motion
         box = self._box(target_map, alignment, frame.shape[:2])
         if box is None:
@@ -122,7 +125,7 @@ class Compositor:
         on_canvas = cv2.remap(
             inverse, crop_x, crop_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(-1, -1, 0)
         )
-        layers = np.concatenate([motion, (self._mask * gate)[..., None], self._mask[..., None]], -1)
+        layers = np.concatenate([motion, (mask * gate)[..., None], mask[..., None]], -1)
         layers = cv2.remap(
             layers, on_canvas[..., 0], on_canvas[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT
         )

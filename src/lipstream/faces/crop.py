@@ -119,13 +119,16 @@ class CropCompositor:
         left, right, top, bottom = columns.min() - 1, columns.max() + 1, rows.min() - 1, rows.max() + 1
         self._corners = np.array([(left, top), (right, top), (left, bottom), (right, bottom)], np.float64)
 
-    def __call__(self, frame: NDArray[np.uint8], alignment: Alignment, generated: NDArray[np.uint8]) -> Patch | None:
+    def __call__(
+        self, frame: NDArray[np.uint8], alignment: Alignment, generated: NDArray[np.uint8], strength: float = 1.0
+    ) -> Patch | None:
         """Render one frame's new mouth.
 
         Args:
             frame: [H, W, 3] uint8 source frame.
             alignment: the frame's own, also where the crop was generated for a neighbour frame.
             generated: [512, 512, 3] uint8.
+            strength: how much of it shows, 0..1: less in a fade.
 
         Returns:
             The patch, or None where the mouth lies outside the picture.
@@ -144,7 +147,7 @@ class CropCompositor:
             picture, on_picture[..., 0], on_picture[..., 1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
         )
         source = frame[y0:y1, x0:x1]
-        blended = source + weight * (mouth.astype(np.float32) - source)
+        blended = source + np.float32(strength) * weight * (mouth.astype(np.float32) - source)
         alpha = np.where(weight[..., 0] > 0.004, np.uint8(255), np.uint8(0))
         rgb = np.where(alpha[..., None] > 0, np.clip(blended + 0.5, 0, 255).astype(np.uint8), source)
         return Patch(box, np.asarray(rgb, np.uint8), alpha)

@@ -9,6 +9,7 @@ overlapping square tiles of decreasing size, so a small face in a portrait or 10
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -120,12 +121,16 @@ class FaceDetector:
 
     Args:
         min_score: candidates below this probability are dropped.
+
+    Attributes:
+        best_score: the most face-like thing of all calls so far, 0..1, found or not.
     """
 
     def __init__(self, min_score: float = MIN_SCORE) -> None:
         if not 0 < min_score < 1:
             raise ValueError(f"min_score must lie between 0 and 1, got {min_score}")
         self.min_score = min_score
+        self.best_score = 0.0
         self._net = load_interpreter("face_detection_short_range")
         self._input = self._net.get_input_details()[0]["index"]
         outputs = {tuple(d["shape"]): d["index"] for d in self._net.get_output_details()}
@@ -170,6 +175,7 @@ class FaceDetector:
         self._net.set_tensor(self._input, picture[None].astype(np.float32) / 127.5 - 1)
         self._net.invoke()
         logits = self._net.get_tensor(self._scores)[0, :, 0]
+        self.best_score = max(self.best_score, 1 / (1 + math.exp(-min(max(float(logits.max()), -80.0), 80.0))))
         keep = logits > np.log(self.min_score / (1 - self.min_score))
         raw = self._net.get_tensor(self._regressors)[0][keep]
         scores = 1 / (1 + np.exp(-np.clip(logits[keep], -80, 80)))

@@ -82,17 +82,9 @@ class FaceTracker:
         state = self._state
         if state.region is not None:
             landmarks, presence = self._mesh.landmarks(rgb, state.region)
-            if presence >= self.config.min_presence and self._believable(state.region, landmarks):
+            if presence >= self.config.min_presence and believable(state.region, landmarks, self.config):
                 return self._seen(landmarks, presence, state.id)
         return self._search(rgb)
-
-    def _believable(self, before: Region, landmarks: NDArray[np.float32]) -> bool:
-        """Whether landmarks [468, 3] may be the face that was at `before` one frame ago."""
-        after = region_from_landmarks(landmarks)
-        move = math.hypot(after.x - before.x, after.y - before.y) / before.side
-        resize = after.side / max(before.side, 1e-6)
-        limit = self.config.max_resize
-        return after.side >= 8 and move <= self.config.max_move and 1 / limit <= resize <= limit
 
     def _search(self, rgb: NDArray[np.uint8]) -> FaceTrack | None:
         """Detect, prefer the face that was followed, and confirm the choice with the mesh."""
@@ -133,3 +125,12 @@ class FaceTracker:
         region = region_from_landmarks(landmarks)
         self._state = TrackerState(region=region, last=region, id=face_id)
         return FaceTrack(landmarks=landmarks, score=presence, id=face_id)
+
+
+def believable(before: Region, landmarks: NDArray[np.float32], config: TrackerConfig) -> bool:
+    """Whether landmarks [468, 3] may be the face that was at `before` one frame ago."""
+    after = region_from_landmarks(landmarks)
+    move = math.hypot(after.x - before.x, after.y - before.y) / before.side
+    resize = after.side / max(before.side, 1e-6)
+    limit = config.max_resize
+    return after.side >= 8 and move <= config.max_move and 1 / limit <= resize <= limit

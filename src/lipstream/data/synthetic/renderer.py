@@ -149,6 +149,10 @@ class Renderer:
         scale = self.size / self.width
         return Frame(image=image, screen=points[:, :2] * np.float32(scale), local=local)
 
+    def coverage(self) -> Floats:
+        """How much of each pixel of the last frame is the person, (size, size) in 0..1."""
+        return np.asarray(cv2.resize(self._alpha, (self.size, self.size), interpolation=cv2.INTER_AREA), np.float32)
+
     def _develop(self, lights: Lights, background: Floats) -> npt.NDArray[np.uint8]:
         """Down-sample, put onto the background and apply exposure, a soft shoulder and gamma."""
         self._out *= self._alpha[..., None]
