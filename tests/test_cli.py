@@ -24,6 +24,7 @@ from lipstream.contact import contact_sheet, evenly_spaced
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
 from lipstream.media.writer import VideoWriter
+from lipstream.options import SyncOptions
 from lipstream.pipeline import Progress, SyncReport
 
 # The face of the program: another flag is a decision, and this list is where it is taken.
@@ -70,11 +71,11 @@ class Copier:
         audio: Path,
         output: Path,
         *,
-        crf: int = 16,
+        options: SyncOptions | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> SyncReport:
         reader, frames = VideoReader(video), 0
-        with VideoWriter(output, like=reader, audio=audio, crf=crf) as writer:
+        with VideoWriter(output, like=reader, audio=audio) as writer:
             for frame in reader:
                 writer.write(frame)
                 frames += 1

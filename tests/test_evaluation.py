@@ -32,6 +32,7 @@ from lipstream.media.reader import SourceFrame, VideoReader, replace_region
 from lipstream.media.speech import count_speech_samples
 from lipstream.media.writer import VideoWriter
 from lipstream.models.codec import FLAVOURS, PocketCodec
+from lipstream.options import SyncOptions
 
 
 def smooth_curve(frames: int = 80, seed: int = 0) -> np.ndarray:
@@ -241,8 +242,8 @@ class Painter:
             told = replace(patch, box=(12, 10, 32, 26)) if self.leak else patch
             yield Done(replace_region(frame, rgb, patch.box, patch.alpha > 0), True, told)
 
-    def __call__(self, video: Path, audio: Path, output: Path, *, crf: int = 16) -> None:
-        with VideoWriter(output, like=VideoReader(video), crf=crf) as writer:
+    def __call__(self, video: Path, audio: Path, output: Path, *, options: SyncOptions | None = None) -> None:
+        with VideoWriter(output, like=VideoReader(video), crf=options.crf if options and options.crf is not None else 16) as writer:
             for done in self.stream(video, audio):
                 writer.write(done.frame)
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lipstream.options import SyncOptions
     from lipstream.pipeline import LipSync, Progress, SyncReport
     from lipstream.session import SyncedFrame
 
-__all__ = ["LipSync", "Progress", "SyncReport", "SyncedFrame", "__version__"]
+__all__ = ["LipSync", "Progress", "SyncOptions", "SyncReport", "SyncedFrame", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from lipstream import pipeline
 
         return getattr(pipeline, name)
+    if name == "SyncOptions":
+        from lipstream.options import SyncOptions
+
+        return SyncOptions
     if name == "SyncedFrame":
         from lipstream.session import SyncedFrame
 

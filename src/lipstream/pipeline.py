@@ -32,6 +32,7 @@ from lipstream.media.timeline import SLACK, SPEECH_RATE, TAIL
 from lipstream.media.writer import VideoWriter
 from lipstream.memory import MemoryNeed
 from lipstream.mouth import MouthModel
+from lipstream.options import SyncOptions
 from lipstream.session import Observed, SyncedFrame
 
 log = logging.getLogger(__name__)
@@ -157,22 +158,27 @@ class LipSync:
         audio: PathLike,
         output: PathLike,
         *,
-        crf: int = 16,
+        options: SyncOptions | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> SyncReport:
         """Write ``video`` with lips that follow ``audio`` to ``output`` (atomically) and report.
 
+        Args:
+            options: what this run is told beyond its files; see :class:`SyncOptions`.
+            progress: called for every finished frame.
+
         Raises:
             MediaError: a file cannot be read or written, or the video shows no face at all.
         """
+        options = options or SyncOptions()
         clock = _Clock()
         reader = VideoReader(video)
         frames = synced = 0
         gaps: list[tuple[int, int]] = []
         with (
-            VideoWriter(output, like=reader, audio=audio, crf=crf) as writer,
+            VideoWriter(output, like=reader, audio=audio, crf=16 if options.crf is None else options.crf) as writer,
             # Closed at once, also when writing fails: a kept traceback must not keep the threads running.
-            closing(self._frames(reader, video, audio, progress, clock)) as made,
+            closing(self._frames(reader, video, audio, options, progress, clock)) as made,
         ):
             for done in made:
                 since = time.perf_counter()
@@ -203,16 +209,22 @@ class LipSync:
         )
 
     def stream(
-        self, video: PathLike, audio: PathLike, *, progress: Callable[[Progress], None] | None = None
+        self,
+        video: PathLike,
+        audio: PathLike,
+        *,
+        options: SyncOptions | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[SyncedFrame]:
         """Frames of the result as they are made, equal to what :meth:`__call__` writes."""
-        return self._frames(VideoReader(video), video, audio, progress, _Clock())
+        return self._frames(VideoReader(video), video, audio, options or SyncOptions(), progress, _Clock())
 
     def _frames(
         self,
         reader: VideoReader,
         video: PathLike,
         audio: PathLike,
+        options: SyncOptions,
         progress: Callable[[Progress], None] | None,
         clock: _Clock,
     ) -> Generator[SyncedFrame, None, None]:

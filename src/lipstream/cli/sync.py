@@ -21,6 +21,7 @@ from lipstream.cli.common import (
     summary,
 )
 from lipstream.media.opening import open_media
+from lipstream.options import SyncOptions
 
 DESCRIPTION = (
     "Write VIDEO with lips that speak AUDIO. Size, frames and timestamps stay; AUDIO becomes the sound. Speech longer "
@@ -37,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="result: .mp4, .mov or .mkv")
     add_model(parser)
     add_full_size(parser)
-    parser.add_argument("--crf", type=int, default=16, help="quality of the video, lower is better (default: 16)")
+    parser.add_argument("--crf", type=int, help="quality of the video, lower is better (default: 16)")
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     add_verbose(parser)
     parser.set_defaults(run=run)
@@ -45,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `lipstream sync`; returns the exit status."""
+    options = SyncOptions(crf=args.crf)
     check_output(args.output, (args.video, args.audio), force=args.force)
     open_media(args.video, need="video").close()  # a wrong file is reported before torch is loaded
     open_media(args.audio, need="audio").close()
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     silence_tflite()
     lipsync = load_model(args)
     with show_progress() as report:
-        result = lipsync(args.video, args.audio, args.output, crf=args.crf, progress=report)
+        result = lipsync(args.video, args.audio, args.output, options=options, progress=report)
     print(summary(result))
     return EXIT_OK
 

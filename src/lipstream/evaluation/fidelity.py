@@ -23,6 +23,7 @@ from lipstream.media.bounce import BouncingReader
 from lipstream.media.planes import CHROMA_SHIFT, plane_arrays
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.media.speech import count_speech_samples
+from lipstream.options import SyncOptions
 
 
 class SyncedLike(Protocol):
@@ -47,7 +48,7 @@ class SyncedLike(Protocol):
 class StreamingSynchroniser(Protocol):
     """What is measured: `LipSync`."""
 
-    def __call__(self, video: Path, audio: Path, output: Path, *, crf: int) -> object:
+    def __call__(self, video: Path, audio: Path, output: Path, *, options: SyncOptions) -> object:
         """Write a file."""
         ...
 
@@ -127,7 +128,7 @@ def check_fidelity(sync: StreamingSynchroniser, video: Path, audio: Path) -> Fid
     expected = BouncingReader(reader, count_speech_samples(audio))
     with tempfile.TemporaryDirectory(prefix="lipstream-evaluate-") as folder:
         output = Path(folder) / "lossless.mp4"
-        sync(video, audio, output, crf=0)
+        sync(video, audio, output, options=SyncOptions(crf=0))
         written = VideoReader(output)
         size_differs = (written.stored_size, written.display_matrix, written.pix_fmt) != (
             reader.stored_size,
