@@ -174,11 +174,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             missing = [name for name in PATHS if name not in header]
             if missing:
                 found = ", ".join(header)
-                raise ManifestError(
-                    [
-                        f"{path}: line {reader.line_num}: has no column '{missing[0]}' (only {found}); name it in the first line"
-                    ]
-                )
+                text = f"has no column '{missing[0]}' (only {found}); name it in the first line"
+                raise ManifestError([f"{path}: line {reader.line_num}: {text}"])
             if len(set(header)) < len(header):
                 raise ManifestError([f"{path}: line {reader.line_num}: a column is named twice; take one away"])
             continue
