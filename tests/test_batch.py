@@ -225,6 +225,10 @@ def diary(folder: Path) -> list[list[str]]:
     return [line.split() for line in (folder / "log").read_text().splitlines()]
 
 
+def starts(folder: Path) -> int:
+    return sum(word == "start" for word, *_ in diary(folder))
+
+
 def check_diary(folder: Path, count: int) -> None:
     """Every item there once, with the right content; none started after it was finished; nothing left over."""
     finished: set[str] = set()
@@ -245,27 +249,26 @@ def check_diary(folder: Path, count: int) -> None:
 def test_fifty_kills_at_random_points_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
     """The issue's figure: 50 SIGKILLs, of the parent or of a worker, then a run to the end. About 20 s, all of it
     process starts: a kill needs something to kill."""
-    count, kills, chance = 40, 0, random.Random(5)
-    command = [sys.executable, str(CHILD), str(tmp_path), str(count), "0.1", "2"]
+    count, kills, chance = 100, 0, random.Random(5)
+    command = [sys.executable, str(CHILD), str(tmp_path), str(count), "0.008", "2"]
     (tmp_path / "log").touch()
     while kills < KILLS:
-        before = len(diary(tmp_path))
+        begun = starts(tmp_path)
         with subprocess.Popen(command) as process:
-            # From the first word of the run on: a kill before it would kill nothing but Python's own start.
-            while len(diary(tmp_path)) == before and process.poll() is None:
+            # From the first job of the run on: a kill before it would only meet Python's own start.
+            while starts(tmp_path) == begun and process.poll() is None:
                 time.sleep(0.005)
             while kills < KILLS and process.poll() is None:
-                time.sleep(chance.uniform(0.0, 0.25))
+                time.sleep(chance.uniform(0.0, 0.15))
                 workers = children_of(process.pid)
-                victim = chance.choice(workers) if workers and chance.random() < 0.5 else process.pid
+                victim = chance.choice(workers) if workers and chance.random() < 0.4 else process.pid
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
                 if victim == process.pid:
                     process.wait()
-            if kills == KILLS:
-                process.kill()
+            process.kill()
         if all(job.output.exists() for job in jobs_in(tmp_path, count)):
-            count += 20  # finished already: more work for the other kills
+            count += 100  # finished already: more work for the other kills
             command[3] = str(count)
     assert subprocess.run(command, timeout=60).returncode == 0
     check_diary(tmp_path, count)

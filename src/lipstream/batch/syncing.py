@@ -32,6 +32,15 @@ def sync_jobs(items: Sequence[Item]) -> list[Job]:
     ]
 
 
+# What of a model's loading changes its results; where it runs does not.
+_MATTERS = ("model", "seed", "dtype", "decoder", "mask")
+
+
+def model_of(loading: Mapping[str, Any]) -> str:
+    """What all items of a batch share, as text: with another model or seed they are done again."""
+    return " ".join(f"{name}={loading[name]}" for name in _MATTERS if loading.get(name) is not None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SyncFactory:
     """Makes a worker: loads the model and returns the function that syncs one item.
@@ -48,8 +57,10 @@ class SyncFactory:
         """Load; every worker process does it once."""
         import torch
 
+        from lipstream.faces.detect import silence_tflite
         from lipstream.pipeline import LipSync
 
+        silence_tflite()
         loading = dict(self.loading)
         if isinstance(loading.get("dtype"), str):
             loading["dtype"] = getattr(torch, loading["dtype"])
