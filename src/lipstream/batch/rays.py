@@ -9,6 +9,7 @@ machines must see the input and output files under the same names (a shared fold
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,8 @@ class RayScheduler:
 
 
 def _connect(ray: Any, address: str | None, workers: int) -> None:
+    if address is not None and ":" in address:
+        _knock(address)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:
@@ -158,3 +161,16 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = "embedded Ray" if address is None else f"Ray cluster {address}"
         raise ValueError(f"{where}: cannot be reached ({' '.join(str(error).split())[:200]})") from None
+
+
+def _knock(address: str) -> None:
+    """See whether anybody listens: Ray itself tries for minutes.
+
+    Raises:
+        ValueError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Ray cluster {address}: cannot be reached ({error}); check the address") from None

@@ -160,14 +160,14 @@ class _Run:
         """Give a staged file its name. The record comes first: with it, a kill in between is made good."""
         found = identity(job.staged())
         assert found is not None, f"{job.staged()} was there a moment ago"
-        self.state.write(replace(record, state="done", error="", size=found[0], mtime_ns=found[1]))
+        self.state.write(replace(record, state="done", error="", staging="", size=found[0], mtime_ns=found[1]))
         os.replace(job.staged(), job.output)
         _sync_folder(job.output.parent)
         shutil.rmtree(job.staging(), ignore_errors=True)
 
     def fail(self, job: Job, error: str, seconds: float) -> None:
         self.failed[job.id] = error
-        self.state.write(replace(self._record(job), state="failed", error=error, seconds=round(seconds, 3)))
+        self.state.write(replace(self._record(job), state="failed", error=error, staging="", seconds=round(seconds, 3)))
 
     def give_up(self) -> None:
         """Clean up after jobs that were stopped at work."""
