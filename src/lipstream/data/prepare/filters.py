@@ -46,9 +46,13 @@ class SyncMeasure:
 class SyncJudge(Protocol):
     """A scorer of sync. `minimum` is the confidence below which a segment is dropped, on the scorer's own scale."""
 
-    name: str
-    minimum: float
-    max_shift: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def minimum(self) -> float: ...
+    @property
+    def max_shift(self) -> int:
+        """How many pixel frames it looks each way; an offset of that many may be further away."""
 
     def judge(self, segment: SegmentView) -> SyncMeasure:
         """Score one segment."""
@@ -57,9 +61,10 @@ class SyncJudge(Protocol):
 class QualityFilter(Protocol):
     """A scorer of picture quality, higher is better; segments below `minimum` are dropped."""
 
-    name: str
-    minimum: float
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def minimum(self) -> float: ...
     def score(self, pictures: Sequence[NDArray[np.uint8]]) -> float:
         """The score of aligned pictures [512, 512, 3]: the first, the middle and the last of a segment."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,7 @@ def watch(reader: VideoReader, landmarks_file: Path) -> Watched:
     changes: list[float] = []
     faces: list[int] = []
     nothing = np.zeros((LANDMARKS, 3), np.float32).tobytes()
+    seen = nothing
     before: SourceFrame | None = None
     with landmarks_file.open("wb") as stream:
         for frame in on_grid(reader):
@@ -121,7 +123,7 @@ def plan_segments(changes: NDArray[np.float64], faces: NDArray[np.int64], config
     edges |= set((np.flatnonzero(faces[1:] != faces[:-1]) + 1).tolist())
     places = [0, *sorted(edges - {0}), len(faces)]
     stretches: list[Stretch] = []
-    for start, stop in zip(places[:-1], places[1:], strict=True):
+    for start, stop in pairwise(places):
         if stop == start:
             continue
         if faces[start] < 0:
@@ -139,7 +141,7 @@ def _split(start: int, stop: int, config: SegmentConfig) -> list[Stretch]:
     pieces = -(-frames // config.max_pixel_frames)
     if frames // pieces >= config.min_pixel_frames:
         edges = [start + frames * i // pieces for i in range(pieces + 1)]
-        return [Stretch(start=a, stop=b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [Stretch(start=a, stop=b) for a, b in pairwise(edges)]
     step = config.max_pixel_frames
     kept = [Stretch(start=start + i * step, stop=start + (i + 1) * step) for i in range(pieces - 1)]
     return [*kept, Stretch(start=kept[-1].stop, stop=stop, reason="rest of a shot")]
