@@ -33,6 +33,14 @@ FLAGS = {
         "--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose",
         "--device", "--dtype", "--decoder", "--mask", "--memory",
     },
+    "batch": {
+        "--videos", "--audios", "--out", "--model", "--seed", "--threads", "--device", "--dtype", "--decoder", "--mask",
+        "--memory", "--workers", "--retries", "--report", "--dry-run", "--ray", "--force", "--verbose",
+    },
+    "prepare": {
+        "--output", "--format", "--min-frames", "--max-frames", "--shard-samples", "--syncnet", "--min-sync",
+        "--quality", "--min-quality", "--workers", "--retries", "--report", "--dry-run", "--ray", "--verbose",
+    },
     "demo": {"--output", "--model", "--seed", "--threads", "--verbose"},
     "doctor": {"--no-speed", "--verbose"},
     "pull": {"--folder", "--mirror", "--from-folder", "--only", "--accept", "--yes", "--verbose"},

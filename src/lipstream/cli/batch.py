@@ -126,9 +126,16 @@ def say(summary: BatchSummary, report: Path, verb: str) -> int:
     return EXIT_FAILED if failures else EXIT_OK
 
 
-def dry_run(jobs: Sequence[Job], report: Path, config: BatchConfig, wrong: dict[str, str]) -> int:
+def dry_run(
+    jobs: Sequence[Job],
+    report: Path,
+    config: BatchConfig,
+    wrong: dict[str, str],
+    *,
+    standing: Standing | None = None,
+) -> int:
     """Say what a run would do; status 1 where an item would fail for certain."""
-    from lipstream.batch.run import plan
+    from lipstream.batch.run import file_stands, plan
     from lipstream.batch.state import read_report
 
     said = {
@@ -139,7 +146,7 @@ def dry_run(jobs: Sequence[Job], report: Path, config: BatchConfig, wrong: dict[
         "refuse": "would fail: the output exists already; choose another name or add --force",
     }
     counts: Counter[str] = Counter()
-    for job, action in plan(jobs, read_report(report), config):
+    for job, action in plan(jobs, read_report(report), config, standing or file_stands):
         problem = wrong.get(job.id) if action in ("do", "redo") else None
         counts["fail" if problem or action == "refuse" else "keep" if action == "keep" else "do"] += 1
         print(f"{job.id}: {f'would fail: {problem}' if problem else said[action]}")

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     report = args.report or args.output / "report.jsonl"
     config = plan.config(args.retries)
     if args.dry_run:
-        return dry_run(plan.jobs, report, config, dataset.check_videos(plan.jobs))
+        return dry_run(plan.jobs, report, config, dataset.check_videos(plan.jobs), standing=plan.stands)
     for step in skipped:
         print(f"skipped: {step}", file=sys.stderr)
     plan.begin()

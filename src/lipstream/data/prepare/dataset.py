@@ -134,6 +134,6 @@ def skipped_steps(factory: PrepareFactory) -> list[str]:
 
 
 def _key(video: Path) -> str:
-    """The name of a video's samples: its stem, and a hash of where it lies. Without `_`, which ends a speaker's name."""
+    """The name of a video's samples: its stem and a hash of where it lies, without `_`, which ends a speaker's name."""
     stem = re.sub(r"[^A-Za-z0-9-]+", "-", video.stem).strip("-") or "video"
     return f"{stem[:60]}-{hashlib.sha256(str(video.resolve()).encode()).hexdigest()[:6]}"

@@ -47,6 +47,7 @@ def pack(jobs: Sequence[Job], out: Path, form: Format, shard_samples: int = 256)
     """
     if shard_samples < 1:
         raise ValueError(f"a shard must hold at least 1 sample, got {shard_samples}")
+    out.mkdir(parents=True, exist_ok=True)
     for left in [*out.glob(".*.part"), *(out / "samples").glob(".*.part"), *(out / "shards").glob(".*.part")]:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     there = packed_names(out, form)
