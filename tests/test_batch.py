@@ -94,10 +94,10 @@ def test_second_run_does_nothing_and_the_report_has_one_line_per_item(tmp_path: 
 def test_changed_lost_and_touched_items_are_done_again(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_text("a")
-    jobs = [Job(id="item1", output=tmp_path / "out/item1", payload=1), *jobs_in(tmp_path, 2)]
+    jobs = [Job(id="item1", output=tmp_path / "out/item1", wish="1"), *jobs_in(tmp_path, 2)]
     jobs.append(Job(id="item9", output=tmp_path / "out/item9", inputs=(source,)))
     run(tmp_path, jobs)
-    jobs[0] = Job(id="item1", output=tmp_path / "out/item1", payload=2)
+    jobs[0] = Job(id="item1", output=tmp_path / "out/item1", wish="2")
     jobs[1].output.unlink()
     source.write_text("longer")
     records = read_report(tmp_path / "report.jsonl")

@@ -33,7 +33,7 @@ from lipstream.data.prepare.shots import ShotChanges, find_cuts
 from lipstream.data.prepare.work import PrepareConfig, prepare_video
 from lipstream.faces.canvas import FaceCanvas
 from lipstream.media.reader import VideoReader
-from lipstream.models.syncnet import FLAVOURS, SyncNet
+from lipstream.models.syncnet import FLAVOURS, SyncNet, prepare_frames
 from lipstream.training.judging import OfficialSync, open_sync
 from lipstream.training.samples import load_clips
 
@@ -301,26 +301,25 @@ def test_every_frame_is_in_one_stretch(runs: list[tuple[int, int]], least: int, 
 def test_the_official_judge_in_blocks_equals_one_pass_and_knows_late_from_early() -> None:
     torch.manual_seed(0)
     network = SyncNet(FLAVOURS["test"]).eval()
-    pictures = list(np.random.default_rng(0).integers(0, 255, (44, 64, 64, 3), np.uint8))
+    pictures = list(np.random.default_rng(0).integers(0, 255, (38, 64, 64, 3), np.uint8))
     samples = np.random.default_rng(1).standard_normal(44 * 640).astype(np.float32) * 0.1
-    view = SegmentView(pictures=pictures, landmarks=np.zeros((44, 468, 3), np.float32), samples=samples)
-    judge = OfficialSync(network)
-    from lipstream.models.syncnet import prepare_frames
-
+    view = SegmentView(pictures=pictures, landmarks=np.zeros((38, 468, 3), np.float32), samples=samples)
     whole = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        torch.testing.assert_close(judge._lips(view), network.embed_lips(prepare_frames(whole)[None])[0])
-    assert judge.judge(view).confidence >= 0
+        at_once = network.embed_lips(prepare_frames(whole)[None])[0]
+        torch.testing.assert_close(OfficialSync(network)._lips(view), at_once)
 
     vectors = torch.randn(60, 8)
+
+    class Known(OfficialSync):
+        """Lips say vectors 10, 11, ...; speech says the same, so many frames later."""
+
+        def _lips(self, segment: SegmentView) -> torch.Tensor:
+            return vectors[10:50]
+
     for late in (-4, 0, 6):
-        stub = SimpleNamespace(
-            embed_lips=lambda pictures: vectors[None, 10 : 10 + pictures.shape[2] - 4],
-            embed_speech=lambda windows, late=late: vectors[10 - late : 50 - late],
-        )
-        measured = OfficialSync(stub, 0.0)  # type: ignore[arg-type]
-        measured = type("J", (OfficialSync,), {"_lips": lambda self, segment: vectors[10:50]})(stub, 0.0)
-        assert measured.judge(view).late_frames == late
+        spoken = SimpleNamespace(embed_speech=lambda windows, late=late: vectors[10 - late : 50 - late])
+        assert Known(spoken).judge(view).late_frames == late  # type: ignore[arg-type]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

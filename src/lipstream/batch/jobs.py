@@ -32,6 +32,7 @@ class Job:
         id: unique in the batch and the same in every run.
         output: the file that it makes.
         payload: what the worker needs to know; pickled on the way.
+        wish: what is wanted of it, as text; when it changes, the item is done again.
         inputs: files that it reads; when one of them changes, the item is done again.
         about: what the report says about it besides its state.
     """
@@ -39,13 +40,14 @@ class Job:
     id: str
     output: Path
     payload: Any = None
+    wish: str = ""
     inputs: tuple[Path, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprint(self, run: str = "") -> str:
         """A hash of everything that the result depends on; `run` stands for what all items share (the model)."""
         files = [(str(path), *(identity(path) or ())) for path in self.inputs]
-        text = json.dumps([run, self.id, repr(self.payload), files])
+        text = json.dumps([run, self.id, self.wish, files])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def staging(self) -> Path:

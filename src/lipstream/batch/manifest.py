@@ -29,13 +29,13 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus")
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One lip-sync: two files in, one out. `line` of the manifest, 0 for items of folders."""
+    """One lip-sync: two files in, one out, by their full names. `line` of the manifest, 0 for items of folders."""
 
     video: Path
     audio: Path
     output: Path
     options: SyncOptions = field(default_factory=SyncOptions)
-    line: int = 0
+    line: int = field(default=0, compare=False)
 
 
 class ManifestError(ValueError):
@@ -63,7 +63,7 @@ def read_manifest(path: Path) -> list[Item]:
             problems.append(f"{path}: line {line}: unknown column '{unknown[0]}'; known are {', '.join(columns)}")
             continue
         try:
-            item = _item(path.parent, line, row)
+            item = _item(path.parent.absolute(), line, row)
         except ColumnError as error:
             problems.append(f"{path}: line {line}, column {error.column}: {error.problem}")
             continue
@@ -92,6 +92,7 @@ def pair_folders(videos: Path, audios: Path, out: Path, options: SyncOptions | N
         ManifestError: a video without a speech or the other way round, or two of one stem.
     """
     problems: list[str] = []
+    videos, audios, out = videos.absolute(), audios.absolute(), out.absolute()
     pictures = _by_stem(videos, VIDEO_SUFFIXES, problems)
     speech = dict.fromkeys(pictures, audios) if audios.is_file() else _by_stem(audios, AUDIO_SUFFIXES, problems)
     for stem in sorted(pictures.keys() ^ speech.keys()):

@@ -7,12 +7,13 @@ summary = run_jobs(jobs, scheduler, SyncFactory(model="pocket"), state)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lipstream.batch.jobs import Job, Worker
 from lipstream.batch.manifest import Item
+from lipstream.options import SyncOptions
 
 if TYPE_CHECKING:
     from lipstream.pipeline import SyncReport
@@ -25,11 +26,18 @@ def sync_jobs(items: Sequence[Item]) -> list[Job]:
             id=str(item.output),
             output=item.output,
             payload=item,
+            wish=_wish(item.options),
             inputs=(item.video, item.audio),
             about={"line": item.line, "video": str(item.video), "audio": str(item.audio), "output": str(item.output)},
         )
         for item in items
     ]
+
+
+def _wish(options: SyncOptions) -> str:
+    """The options that differ from their defaults: one that a later version adds changes nothing."""
+    told = {field.name: getattr(options, field.name) for field in fields(options)}
+    return repr({name: value for name, value in told.items() if value != getattr(SyncOptions(), name)})
 
 
 # What of a model's loading changes its results; where it runs does not.

@@ -76,7 +76,7 @@ def plan(videos: Sequence[Path], out: Path, factory: PrepareFactory, filters: st
         raise ValueError(f"{out}: was made with other settings ({known}); repeat them or choose another folder")
     jobs = [
         Job(
-            id=str(file),
+            id=str(file.absolute()),
             output=out / "videos" / f"{_key(file)}.tar",
             payload=file,
             about={"key": _key(file), "video": str(file)},
