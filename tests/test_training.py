@@ -11,33 +11,16 @@ import torch
 from torch import nn
 
 from lipstream.faces.canvas import FaceCanvas
-from lipstream.inside import LipRuler
+from lipstream.models.audio import SpeechEncoder, speech_config
 from lipstream.models.codec import FLAVOURS, PocketCodec
 from lipstream.models.dit import DiT
 from lipstream.training.codec import AreaWeight, PainterLoss, Sampler, fit_codes, texture_loss
-from lipstream.training.forcing import (
-    Coded,
-    ForcingConfig,
-    ForcingLoss,
-    Listening,
-    Windows,
-    code_clip,
-    shift_pitch,
-    window_layout,
-)
+from lipstream.training.coded import Coded, Windows, code_clips, shift_pitch
+from lipstream.training.forcing import ForcingConfig, ForcingLoss, Listening, window_layout
 from lipstream.training.loop import Loop, LoopConfig, LossFunction, Trainee
-from lipstream.training.samples import Clip, load_clips
-from tiny import tiny_codec, tiny_dit
-
-
-def made_up_clip(name: str = "synth_0", frames: int = 40, seed: int = 0) -> Clip:
-    rng = np.random.default_rng(seed)
-    wave = np.sin(np.arange(frames) / 3)[:, None, None, None]
-    fields = (rng.normal(size=(1, 20, 20, 2)) + wave * rng.normal(size=(1, 20, 20, 2))).astype(np.float16)
-    base = rng.integers(0, 200, (1, 160, 160, 3))
-    textures = np.clip(base + 30 * wave + rng.integers(0, 5, (frames, 160, 160, 3)), 0, 255).astype(np.uint8)
-    speech = rng.integers(-3000, 3000, frames * 640).astype(np.int16)
-    return Clip(name, fields, textures, np.ones(frames, bool), speech)
+from lipstream.training.mouths import MouthTask
+from lipstream.training.samples import load_clips
+from tiny import coded_clips, made_up_clip, tiny_codec, tiny_dit
 
 
 def test_loop_resumes_to_the_same_weights(tmp_path: Path) -> None:
@@ -161,22 +144,15 @@ def test_texture_loss_is_zero_only_at_the_target() -> None:
 
 @pytest.fixture(scope="module")
 def coded() -> list[Coded]:
-    codec = tiny_codec()
-    clips = [made_up_clip(f"synth_{i}", 44, seed=i) for i in range(2)]
-    sampler = Sampler(clips, seed=0)
-    ruler = LipRuler(FaceCanvas())
-    return [
-        code_clip(codec, sampler, c, torch.randn(2, len(c), 16).half(), plain=i == 0, ruler=ruler)
-        for i, c in enumerate(clips)
-    ]
+    return coded_clips(2, 44)
 
 
 def test_windows_show_the_target_and_another_time_of_the_same_clip(coded: list[Coded]) -> None:
-    windows = Windows(coded, np.ones(2), ForcingConfig(), seed=0)
-    for kind in (0, 1, 2) * 5:
-        target, audio, reference, shut, wide = windows.draw(kind)
+    windows = Windows(coded, np.ones(2), seed=0)
+    for sink_apart in (False, True) * 8:
+        target, audio, reference, shut, wide = windows.draw(sink_apart)
         assert target.shape == reference.shape == (7, 8, 10, 10) and audio.shape == (7, 4, 16)
-        assert not any(torch.equal(target[i], reference[i]) for i in range(7))
+        assert not any(torch.equal(target[i], reference[i]) for i in range(int(sink_apart), 7))
         clip = next(c for c in coded if any(torch.equal(m.float(), shut) for m in c.moving))
         lowest, highest = (
             next(o for o, m in zip(clip.opening, clip.moving, strict=True) if torch.equal(m.float(), end))
@@ -184,7 +160,7 @@ def test_windows_show_the_target_and_another_time_of_the_same_clip(coded: list[C
         )
         assert lowest <= highest
     clip = coded[0]
-    target, audio = Windows([clip], np.ones(1), ForcingConfig(), seed=3).draw(1)[:2]
+    target, audio = Windows([clip], np.ones(1), seed=3).draw()[:2]
     start = next(i for i in range(len(clip.still)) if torch.equal(clip.still[i].float(), target[0]))
     torch.testing.assert_close(target[1], clip.moving[start + 1].float())  # groups follow the first frame at once
     assert any(torch.equal(audio[1], rows[start + 1 : start + 5].float()) for rows in clip.speech)
@@ -192,7 +168,7 @@ def test_windows_show_the_target_and_another_time_of_the_same_clip(coded: list[C
 
 def test_layouts_are_what_the_rolling_cache_shows() -> None:
     frames, visible = window_layout(2)
-    assert len(frames) == 7
+    assert frames == 7
     assert visible[0].tolist() == [True] + [False] * 6  # the sink sees itself
     assert visible[3].tolist() == [True] * 4 + [False] * 3  # the previous chunk sees the sink and itself
     assert visible[6].all()  # the current chunk sees everything
@@ -203,8 +179,9 @@ def test_forcing_learns_and_counts_only_hidden_cells(coded: list[Coded]) -> None
     codec = tiny_codec()
     model = tiny_dit(codec)
     config = ForcingConfig(batch=4)
-    loss = ForcingLoss(model, codec, Windows(coded, np.ones(2), config, seed=0))
-    assert loss.weight[:, : codec.config.known_rows].abs().max() == 0
+    task = MouthTask(codec, Windows(coded, np.ones(2), seed=0), config)
+    loss = ForcingLoss(model, task, config)
+    assert task.weight[:, : codec.config.known_rows].abs().max() == 0
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     torch.manual_seed(0)
     losses = []
@@ -219,7 +196,8 @@ def test_forcing_learns_and_counts_only_hidden_cells(coded: list[Coded]) -> None
 
 def test_listening_tells_lips_that_follow_from_lips_that_do_not(coded: list[Coded]) -> None:
     codec = tiny_codec()
-    loss = ForcingLoss(tiny_dit(codec), codec, Windows(coded, np.ones(2), ForcingConfig(batch=2), seed=0))
+    task = MouthTask(codec, Windows(coded, np.ones(2), seed=0), ForcingConfig(batch=2))
+    model = tiny_dit(codec).eval()
 
     class Knows(DiT):
         """Answers with the clean latents."""
@@ -228,13 +206,11 @@ def test_listening_tells_lips_that_follow_from_lips_that_do_not(coded: list[Code
             return truth[0]
 
     truth: list[torch.Tensor] = []
-    listening = Listening(loss, coded[:1])
-    pose_free = loss._pose_free
-    loss._pose_free = lambda z: truth.append(pose_free(z)) or truth[-1]  # type: ignore[method-assign, func-returns-value]
-    knowing = Knows(loss.model.config)
-    assert listening(knowing)["r_synth"] == pytest.approx(1.0, abs=1e-4)
-    loss._pose_free = pose_free  # type: ignore[method-assign]
-    assert abs(Listening(loss, coded[:1])(loss.model.eval())["r_synth"]) < 0.95
+    pose_free = task.pose_free
+    task.pose_free = lambda z: truth.append(pose_free(z)) or truth[-1]  # type: ignore[method-assign, func-returns-value]
+    assert Listening(task, coded[:1])(Knows(model.config))["r_synth"] == pytest.approx(1.0, abs=1e-4)
+    task.pose_free = pose_free  # type: ignore[method-assign]
+    assert abs(Listening(task, coded[:1])(model)["r_synth"]) < 0.95
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.3])
@@ -252,3 +228,19 @@ def test_pitch_moves_and_timing_stays(factor: float) -> None:
         int(np.argmax([np.corrcoef(envelope[0][1000:-1000], np.roll(envelope[1], -k)[1000:-1000])[0, 1] for k in lags]))
     ]
     assert abs(best) <= 400  # 25 ms, well below a pixel frame
+
+
+def test_coded_clips_are_kept_for_the_next_run(tmp_path: Path) -> None:
+    codec, encoder = tiny_codec(), SpeechEncoder(speech_config("test"))
+    clips = [made_up_clip(f"synth_{i}", 20, seed=i) for i in range(2)]
+    made, weights = code_clips(codec, clips, encoder, 2, tmp_path)
+    (kept,) = tmp_path.glob("*.pt")
+    again, same = code_clips(codec, clips, encoder, 2, tmp_path)
+    assert len(made) == len(again) == len(weights) == 4 and (weights == same).all()
+    for a, b in zip(made, again, strict=True):
+        assert a.name == b.name and a.speaker == "synth" and a.frames == 20
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+    code_clips(codec, clips[:1], encoder, 2, tmp_path)
+    assert len([*tmp_path.glob("*.pt")]) == 2 and kept.exists()
+    with pytest.raises(ValueError, match="no clip has 41 frames"):
+        Windows(made, weights, seed=0, latent_frames=8)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from lipstream.faces.canvas import FaceCanvas
+from lipstream.inside import LipRuler
 from lipstream.models.audio import SpeechEncoder, speech_config
 from lipstream.models.codec import FLAVOURS as CODECS
 from lipstream.models.codec import PocketCodec
 from lipstream.models.dit import DiT, DiTConfig
 from lipstream.mouth import MouthModel
+from lipstream.training.codec import Sampler
+from lipstream.training.coded import Coded, code_clip
+from lipstream.training.samples import Clip
 
 
 def tiny_codec(seed: int = 0) -> PocketCodec:
@@ -50,3 +56,25 @@ def tiny_mouth_model(seed: int = 0, guidance: float = 1.0) -> MouthModel:
     codec = tiny_codec(seed)
     torch.manual_seed(seed)
     return MouthModel(tiny_dit(codec, seed), codec, SpeechEncoder(speech_config("test")), guidance)
+
+
+def made_up_clip(name: str = "synth_0", frames: int = 40, seed: int = 0) -> Clip:
+    """A clip whose face swings slowly before noise that stands for speech."""
+    rng = np.random.default_rng(seed)
+    wave = np.sin(np.arange(frames) / 3)[:, None, None, None]
+    fields = (rng.normal(size=(1, 20, 20, 2)) + wave * rng.normal(size=(1, 20, 20, 2))).astype(np.float16)
+    base = rng.integers(0, 200, (1, 160, 160, 3))
+    textures = np.clip(base + 30 * wave + rng.integers(0, 5, (frames, 160, 160, 3)), 0, 255).astype(np.uint8)
+    speech = rng.integers(-3000, 3000, frames * 640).astype(np.int16)
+    return Clip(name, fields, textures, np.ones(frames, bool), speech)
+
+
+def coded_clips(count: int, frames: int) -> list[Coded]:
+    """Made-up clips as the latents of `tiny_codec`, with made-up speech rows in two voices."""
+    codec = tiny_codec()
+    clips = [made_up_clip(f"synth_{i}", frames, seed=i) for i in range(count)]
+    sampler, ruler = Sampler(clips, seed=0), LipRuler(FaceCanvas())
+    return [
+        code_clip(codec, sampler, c, torch.randn(2, len(c), 16).half(), plain=i == 0, ruler=ruler)
+        for i, c in enumerate(clips)
+    ]

@@ -2,6 +2,7 @@
 
 codec = load_codec(folder / "codec.safetensors")
 dit, guidance = load_dit(folder / "dit.safetensors")
+syncnet = load_syncnet(folder / "syncnet.safetensors")
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lipstream.checkpoints.files import load_module, read_config, save_module
+from lipstream.models.audio import load_speech_encoder
 from lipstream.models.codec import CodecConfig, PocketCodec
 from lipstream.models.dit import DiT, DiTConfig
+from lipstream.models.syncnet_pocket import PocketSyncNet, PocketSyncNetConfig, SyncScorer
 
 
 def load_codec(path: Path) -> PocketCodec:
@@ -42,3 +45,24 @@ def load_dit(path: Path) -> tuple[DiT, float]:
     model = DiT(DiTConfig.from_dict(config))
     load_module(model, path)
     return model, guidance
+
+
+def save_syncnet(network: PocketSyncNet, path: Path) -> None:
+    """Write the pocket SyncNet; the official one is read by ``lipstream.checkpoints.encoders``."""
+    save_module(network, asdict(network.config), path)
+
+
+def load_syncnet(path: Path) -> PocketSyncNet:
+    """Inverse of :func:`save_syncnet`; in evaluation mode, without gradients."""
+    network = PocketSyncNet(PocketSyncNetConfig(**read_config(path)))
+    load_module(network, path)
+    return network.eval().requires_grad_(False)
+
+
+def load_sync_scorer(folder: Path, network: Path | None = None) -> SyncScorer:
+    """The SyncNet of a model folder (or of a file), with the codec and the speech encoder of the folder."""
+    return SyncScorer(
+        load_syncnet(network or folder / "syncnet.safetensors"),
+        load_codec(folder / "codec.safetensors").eval().requires_grad_(False),
+        load_speech_encoder(folder / "speech.safetensors"),
+    )

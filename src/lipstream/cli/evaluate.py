@@ -1,6 +1,7 @@
 """`lipstream evaluate`: measure a model, each figure by one sub-command.
 
 $ lipstream evaluate sync clips/*.mp4 --wrong-audio --json sync.json   # lips against speech, leak-free
+$ lipstream evaluate syncnet talk.mp4                                  # Sync-C, Sync-D, offset (pocket SyncNet)
 $ lipstream evaluate codec samples/ --model runs/codec/checkpoint.pt   # the codec against thumbnails
 $ lipstream evaluate fidelity talk.mp4 speech.wav                      # what must not change
 $ lipstream evaluate speed talk.mp4                                    # frames/s, first frame, memory
@@ -32,6 +33,12 @@ def add_parser(subparsers: Any) -> None:
     sync.add_argument("clips", type=Path, nargs="+", metavar="CLIP", help="25 fps videos with their own speech")
     sync.add_argument("--limit", type=positive, help="only the first so many clips")
     sync.add_argument("--wrong-audio", action="store_true", help="also drive each clip with the next clip's speech")
+    syncnet = actions.add_parser("syncnet", help="Sync-C, Sync-D and offset by the pocket SyncNet; its own gate")
+    syncnet.add_argument("videos", type=Path, nargs="*", metavar="VIDEO", help="videos with their own speech")
+    syncnet.add_argument(
+        "--gate", type=Path, nargs="+", metavar="SAMPLES", help="measure the SyncNet on held-out samples"
+    )
+    syncnet.add_argument("--network", type=Path, metavar="FILE", help="another SyncNet than the model's")
     codec = actions.add_parser("codec", help="mouths through the codec against thumbnails of twice the numbers")
     codec.add_argument("samples", type=Path, nargs="+", metavar="SAMPLES", help="folders of training samples")
     codec.add_argument("--only", nargs="+", metavar="NAME", help="samples or speakers (the part before the first _)")
@@ -44,7 +51,13 @@ def add_parser(subparsers: Any) -> None:
     speed.add_argument("clip", type=Path, metavar="CLIP", help="a talking clip; scaled to 512 x 512 and looped")
     speed.add_argument("--audio", type=Path, help="speech (default: the clip's own)")
     speed.add_argument("--minutes", type=positive, nargs="+", default=[1, 10], help="input lengths (default: 1 10)")
-    for parser, action in ((sync, _sync), (codec, _codec), (fidelity, _fidelity), (speed, _speed)):
+    for parser, action in (
+        (sync, _sync),
+        (syncnet, _syncnet),
+        (codec, _codec),
+        (fidelity, _fidelity),
+        (speed, _speed),
+    ):
         parser.add_argument("--json", type=Path, metavar="OUT", help="write every figure to a file")
         add_model(parser)
         add_verbose(parser)
@@ -85,6 +98,31 @@ def _sync(args: argparse.Namespace) -> int:
     return EXIT_FAILED if summary.failed else EXIT_OK
 
 
+def _syncnet(args: argparse.Namespace) -> int:
+    import torch
+
+    from lipstream.checkpoints.networks import load_sync_scorer
+    from lipstream.evaluation.syncnet import gate_markdown, run_gate, score_video
+    from lipstream.training.samples import load_clips
+
+    if not args.videos and not args.gate:
+        raise UsageError("nothing to measure: give videos, or --gate with folders of samples")
+    torch.set_num_threads(args.threads or 1)
+    scorer = load_sync_scorer(_model_path(args.model), args.network)
+    figures: dict[str, Any] = {}
+    if args.gate:
+        rows = run_gate(scorer, load_clips(args.gate))
+        figures["gate"] = {name: asdict(row) for name, row in rows.items()}
+        print(gate_markdown(rows))
+    for video in args.videos:
+        found = score_video(scorer, video)
+        figures.setdefault("videos", {})[str(video)] = asdict(found)
+        score = f"Sync-C {found.confidence:.3f}, Sync-D {found.distance:.3f}, offset {found.offset:+d} frames"
+        print(f"{video}: {score}", flush=True)
+    _write(args.json, figures)
+    return EXIT_OK
+
+
 def _codec(args: argparse.Namespace) -> int:
     from lipstream.evaluation.codec import gate_markdown, gate_passed, gate_rows, merge, score_canvas, score_pictures
     from lipstream.evaluation.codec import see_video as see
@@ -109,6 +147,12 @@ def _codec(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _model_path(model: str) -> Path:
+    """A folder or file as it is, else a model's name inside the package."""
+    path = Path(model)
+    return path if path.exists() else Path(__file__).parent.parent / "assets" / model
+
+
 def _open_codec(model: str) -> PocketCodec:
     """A codec by model name, model folder, .safetensors file, or training checkpoint (.pt, flavour pocket)."""
     import torch
@@ -122,7 +166,7 @@ def _open_codec(model: str) -> PocketCodec:
         codec = PocketCodec(FLAVOURS["pocket"])
         codec.load_state_dict(torch.load(path, weights_only=True)["model"]["averaged"])
     else:
-        path = path if path.exists() else Path(__file__).parent.parent / "assets" / model
+        path = _model_path(model)
         codec = load_codec(path / "codec.safetensors" if path.is_dir() else path)
     return codec.eval().requires_grad_(False)
 

@@ -34,9 +34,12 @@ class InPlace(NamedTuple):
     visible_tokens: int
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the own keys and values, see all visible ones; [B, heads, tokens, head_dim] in and out."""
-        self.keys.index_copy_(2, self.own, k)
-        self.values.index_copy_(2, self.own, v)
+        """Write the own keys and values, see all visible ones; [B, heads, tokens, head_dim] in and out.
+
+        Under autocast they may come in another precision than the cache keeps.
+        """
+        self.keys.index_copy_(2, self.own, k.to(self.keys.dtype))
+        self.values.index_copy_(2, self.own, v.to(self.values.dtype))
         return self.keys[:, :, : self.visible_tokens], self.values[:, :, : self.visible_tokens]
 
 

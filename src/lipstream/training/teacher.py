@@ -1,0 +1,148 @@
+"""The teacher: a bidirectional network that denoises whole segments at any noise level (paper, "Teacher").
+
+Rectified-flow matching in the x0 view: x_t = (1 - t) x_0 + t e, loss (x0 - x_0)^2 weighted by what the velocity's error
+counts, 1 / t^2, bounded, at times of the shifted schedule (spec 3: t = 5u / (1 + 4u)). Where speech is missing (a tenth
+of the windows) it learns the null branch of guidance. A segment is 15 latent frames, five chunks of the student.
+
+    python -m lipstream.training.teacher RUN --samples DIR... --codec codec.safetensors --speech speech.safetensors \
+        --start-from dit.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lipstream.checkpoints.networks import load_dit
+from lipstream.diffusion.schedule import T_MAX, add_noise, shift_time
+from lipstream.models.dit import FLAVOURS, DiT
+from lipstream.training.coded import CHUNK, Coded, Windows
+from lipstream.training.loop import Loop, LoopConfig, Trainee
+from lipstream.training.material import Material, add_material, read_material
+from lipstream.training.mouths import GAP_PX, Batch, MouthConfig, MouthTask
+
+SEGMENT = 5 * CHUNK  # latent frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(MouthConfig):
+    """What the teacher trains on.
+
+    Attributes:
+        averaged_odds: always 1: with attention over all frames, a reference sequence that moves would give the
+            target's mouth away, shifted in time.
+        noisy_odds: share of windows at t = 0.999, from which every sample starts.
+        least_t: times below weigh as this one.
+    """
+
+    averaged_odds: float = 1.0
+    noisy_odds: float = 0.2
+    least_t: float = 0.4
+
+
+class TeacherLoss:
+    """Flow matching on random segments."""
+
+    def __init__(self, model: DiT, task: MouthTask, config: TeacherConfig) -> None:
+        self.model, self.task, self.config = model, task, config
+
+    def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        target, speech, _, seen = self.task.batch(SEGMENT)
+        rng, batch = self.task.windows.rng, len(target)
+        t = shift_time(torch.from_numpy(rng.uniform(0.001, T_MAX, batch)))
+        noisy = torch.from_numpy(rng.random(batch) < self.config.noisy_odds)
+        t = torch.where(noisy, T_MAX, t)
+        x0 = self.task.predict(self.model, add_noise(target, torch.randn_like(target), t), t, speech, seen)
+        errors = self.task.errors(x0, target)
+        weight = t.clamp(self.config.least_t).square().reciprocal().float()
+        per_row = (errors.latent + self.config.gap_weight * errors.gap).mean(1)
+        metrics = {}
+        if noisy.any():
+            metrics = {
+                "from_noise": errors.latent[noisy].mean().item(),
+                "gap": errors.gap[noisy].mean().sqrt().item() * GAP_PX,
+            }
+        return (per_row * weight).mean(), metrics
+
+
+class SegmentListening:
+    """How far lips of held-out clips follow: correlation of the lip gap of one prediction from noise, by speaker."""
+
+    def __init__(self, task: MouthTask, held: Sequence[Coded], config: TeacherConfig) -> None:
+        self.task = task
+        self.batches = {
+            speaker: held_out_batch(task, [c for c in held if c.speaker == speaker]) for speaker in speakers(held)
+        }
+
+    @torch.no_grad()
+    def __call__(self, models: dict[str, nn.Module]) -> dict[str, float]:
+        model = models["model"]
+        assert isinstance(model, DiT)
+        found = {}
+        for speaker, (target, speech, _, seen) in self.batches.items():
+            noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+            t = torch.full((len(target),), T_MAX, dtype=torch.float64)
+            x0 = self.task.predict(model, add_noise(target, noise, t), t, speech, seen)
+            found[f"r_{speaker}"] = round(float(gap_correlation(self.task, x0, target).mean()), 4)
+        return found
+
+
+def speakers(coded: Sequence[Coded]) -> list[str]:
+    """Names of the speakers, sorted."""
+    return sorted({item.speaker for item in coded})
+
+
+def held_out_batch(task: MouthTask, coded: Sequence[Coded]) -> Batch:
+    """One fixed segment of each clip, as training sees it, but with whole speech."""
+    rows = [Windows([item], np.ones(1), seed=5, latent_frames=SEGMENT).draw() for item in coded]
+    stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+    return task.whole(*stacked)
+
+
+def gap_correlation(task: MouthTask, x0: Tensor, target: Tensor) -> Tensor:
+    """Pearson correlation of the lip gap over the frames of each row, [B]."""
+    gaps = torch.stack([task.lip_gap(z).flatten(1) for z in (x0, target)])
+    centred = gaps - gaps.mean(-1, keepdim=True)
+    return torch.nn.functional.cosine_similarity(centred[0], centred[1], dim=-1)
+
+
+def train(run: Path, material: Material, loop: LoopConfig, config: TeacherConfig, start_from: Path | None) -> DiT:
+    """Train or resume the pocket teacher; returns the averaged model.
+
+    Args:
+        start_from: weights of the same shape to begin with; the student's after stage 1 know most of the task.
+    """
+    model = DiT(FLAVOURS["pocket"])
+    if start_from is not None:
+        model.load_state_dict(load_dit(start_from)[0].state_dict())
+    windows = Windows(material.coded, material.weights, seed=20, latent_frames=SEGMENT)
+    task = MouthTask(material.codec, windows, config)
+    trainer = Loop([Trainee(model=model, loss=TeacherLoss(model, task, config))], loop, run)
+    windows.rng = np.random.default_rng(trainer.step + 20)  # a resumed run goes on to new draws
+    trained = trainer.run(SegmentListening(task, material.held, config) if material.held else None)["model"]
+    assert isinstance(trained, DiT)
+    return trained
+
+
+def main() -> None:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_material(parser)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--start-from", type=Path, metavar="DIT")
+    arguments = parser.parse_args()
+    config = TeacherConfig(batch=arguments.batch)
+    material = read_material(arguments, config.versions)
+    train(arguments.run, material, LoopConfig(steps=arguments.steps, lr=arguments.lr), config, arguments.start_from)
+
+
+if __name__ == "__main__":
+    main()
