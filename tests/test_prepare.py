@@ -32,7 +32,9 @@ from lipstream.data.prepare.segments import SegmentConfig, Stretch, on_grid, pla
 from lipstream.data.prepare.shots import ShotChanges, find_cuts
 from lipstream.data.prepare.work import PrepareConfig, prepare_video
 from lipstream.faces.canvas import FaceCanvas
+from lipstream.faces.track import FaceTracker
 from lipstream.media.reader import VideoReader
+from lipstream.media.speech import load_speech
 from lipstream.models.syncnet import FLAVOURS, SyncNet, prepare_frames
 from lipstream.training.judging import OfficialSync, open_sync
 from lipstream.training.samples import load_clips
@@ -257,15 +259,15 @@ def test_packing_goes_on_where_a_kill_stopped_it(form: Any, tmp_path: Path, monk
 
 
 def test_the_grid_shows_what_a_player_shows() -> None:
-    def grid(pts: list[int], rate: Fraction, last: int = 1) -> list[int]:
-        frames = [SimpleNamespace(index=i, pts=p, duration_pts=last) for i, p in enumerate(pts)]
+    def grid(pts: list[int], rate: Fraction) -> list[int]:
+        frames = [SimpleNamespace(index=i, pts=p) for i, p in enumerate(pts)]
         reader = type("R", (), {"time_base": 1 / rate, "__iter__": lambda self: iter(frames)})()
         return [frame.index for frame in on_grid(reader)]  # type: ignore[arg-type]
 
     assert grid([7, 8, 9], Fraction(25)) == [0, 1, 2]
     assert grid(list(range(60)), Fraction(50)) == list(range(0, 60, 2))
     assert grid(list(range(30)), Fraction(30)) == [i * 30 // 25 for i in range(25)]
-    assert grid([0, 5, 6], Fraction(25), last=3) == [0, 0, 0, 0, 0, 1, 2, 2, 2]  # a long frame, variable rate
+    assert grid([0, 5, 6], Fraction(25)) == [0, 0, 0, 0, 0, 1, 2]  # a long frame, variable rate
     assert grid([0], Fraction(1000)) == [0]
 
 
@@ -322,13 +324,31 @@ def test_the_official_judge_in_blocks_equals_one_pass_and_knows_late_from_early(
         assert Known(spoken).judge(view).late_frames == late  # type: ignore[arg-type]
 
 
+def test_the_pocket_judge_finds_how_late_the_speech_is() -> None:
+    """A drawn head of the package and its own speech, shifted by known numbers of frames."""
+    with demo_files() as (clip, _):
+        tracker, frames = FaceTracker(), [frame.image for frame in VideoReader(clip)][:75]
+        samples = np.pad(load_speech(clip), 8 * 640)
+    landmarks = np.stack([tracker.step(frame).landmarks for frame in frames])  # type: ignore[union-attr]
+    judge = open_sync("pocket")
+    assert judge is not None
+    found = []
+    for late in (-6, 0, 6):
+        heard = samples[(8 - late) * 640 :][: 75 * 640]
+        found.append(judge.judge(SegmentView(pictures=frames, landmarks=landmarks, samples=heard)))
+    assert [round(m.late_frames / 6) for m in found] == [-1, 0, 1], "within three frames"
+    assert found[1].confidence > judge.minimum
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"hyperiqa.*koniq_pretrained\.pkl"):
         open_quality("hyperiqa")
     with pytest.raises(ValueError, match="unknown quality filter 'x'"):
         open_quality("x")
-    with pytest.raises(ValueError, match="--syncnet"):
-        open_sync("official")
-    assert open_sync("none") is None and open_quality("none") is None
+    with pytest.raises(ValueError, match="holds no syncnet"):
+        open_sync(str(tmp_path))
+    with pytest.raises(ValueError, match=r"none\.model"):
+        open_sync(str(tmp_path / "none.model"))
+    assert open_sync(None) is None and open_quality("none") is None
     with pytest.raises(ValueError, match="do not exist"):
         SegmentConfig(min_pixel_frames=9, max_pixel_frames=8)

@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--syncnet", type=Path, metavar="FILE", help="syncnet_v2.model, or a folder with a pocket SyncNet"
     )
-    group.add_argument("--min-sync", type=float, help="lowest confidence that is kept (default for syncnet_v2: 3)")
+    group.add_argument("--min-sync", type=float, help="lowest confidence that is kept (default: 3; for pocket 0.2)")
     group.add_argument("--quality", default="sharpness", metavar="NAME", help="sharpness (default) or none")
     group.add_argument("--min-quality", type=float, help="lowest quality that is kept (default for sharpness: 10)")
     add_running(parser)
@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     from lipstream.data.prepare.filters import open_quality
     from lipstream.data.prepare.segments import SegmentConfig
     from lipstream.data.prepare.work import PrepareConfig, PrepareFactory
-    from lipstream.training.judging import kind_of, open_sync
+    from lipstream.training.judging import open_sync
 
     segments = SegmentConfig(min_pixel_frames=args.min_frames, max_pixel_frames=args.max_frames)
     factory = PrepareFactory(
         config=PrepareConfig(format=args.format, segments=segments),
-        sync=partial(open_sync, kind_of(args.syncnet), args.syncnet, args.min_sync),
+        sync=partial(open_sync, args.syncnet, args.min_sync),
         quality=partial(open_quality, args.quality, args.min_quality),
     )
     filters = f"sync {args.syncnet} {args.min_sync}, quality {args.quality} {args.min_quality}"

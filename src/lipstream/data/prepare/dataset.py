@@ -122,7 +122,7 @@ def skipped_steps(factory: PrepareFactory) -> list[str]:
     """Steps of the paper's pipeline that a run leaves out, and what they would need."""
     steps = []
     if factory.sync is None or factory.sync() is None:
-        steps.append("A/V offset correction and sync filter: no SyncNet given (--syncnet FILE)")
+        steps.append("A/V offset correction and sync filter: no SyncNet given (--syncnet FILE or pocket)")
     quality = None if factory.quality is None else factory.quality()
     if quality is None:
         steps.append("picture quality filter: none chosen (--quality)")

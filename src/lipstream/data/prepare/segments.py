@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lipstream.data.prepare.shots import MIN_CHANGE, ShotChanges, find_cuts
 from lipstream.faces.track import FaceTracker
 from lipstream.media.reader import SourceFrame, VideoReader
-from lipstream.media.timeline import MODEL_FPS
+from lipstream.media.timeline import GridSampler
 
 LANDMARKS = 468
 
@@ -73,22 +73,11 @@ class Watched:
 
 
 def on_grid(reader: VideoReader) -> Iterator[SourceFrame]:
-    """The frame that a player shows at every 1/25 s from the first one on, until the last one ends."""
-    first: int | None = None
-    shown: SourceFrame | None = None
-    grid = 0
-    tick = reader.time_base * MODEL_FPS  # one unit of pts in grid frames
+    """The frame that a player shows at every 1/25 s, from the first frame on."""
+    sampler: GridSampler[SourceFrame] = GridSampler(reader.time_base)
     for frame in reader:
-        first = frame.pts if first is None else first
-        while shown is not None and grid < (frame.pts - first) * tick:
-            yield shown
-            grid += 1
-        shown = frame
-    if shown is not None and first is not None:
-        # A rest of less than half a grid frame is rounding, not a picture.
-        while grid == 0 or grid + 0.5 <= (shown.pts + shown.duration_pts - first) * tick:
-            yield shown
-            grid += 1
+        yield from sampler.push(frame.pts, frame)
+    yield from sampler.finish()
 
 
 def watch(reader: VideoReader, landmarks_file: Path) -> Watched:
