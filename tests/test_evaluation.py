@@ -243,7 +243,9 @@ class Painter:
             yield Done(replace_region(frame, rgb, patch.box, patch.alpha > 0), True, told)
 
     def __call__(self, video: Path, audio: Path, output: Path, *, options: SyncOptions | None = None) -> None:
-        with VideoWriter(output, like=VideoReader(video), crf=options.crf if options and options.crf is not None else 16) as writer:
+        with VideoWriter(
+            output, like=VideoReader(video), crf=options.crf if options and options.crf is not None else 16
+        ) as writer:
             for done in self.stream(video, audio):
                 writer.write(done.frame)
 

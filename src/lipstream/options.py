@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
-from lipstream.media.encoder import Quality
-from lipstream.media.timeline import FILLS, Fit, Length
+Length = Literal["cut", "loop", "bounce", "freeze", "silence"]
+Fit = Literal["video", "audio"]
+Quality = Literal["draft", "good", "best", "lossless"]
 
+# What may fill the shorter side: pictures can be repeated, speech can only be followed by silence.
+FILLS: dict[Fit, tuple[Length, ...]] = {"audio": ("bounce", "loop", "freeze", "cut"), "video": ("silence", "cut")}
 MAX_DELAY_MS = 3_600_000
 
 
@@ -50,7 +53,9 @@ class SyncOptions:
                 raise ValueError(f"unknown {name} '{value}': there are {', '.join(known)}")
         if self.resolved_length not in FILLS[self.resolved_fit]:
             fills = ", ".join(FILLS[self.resolved_fit])
-            raise ValueError(f"length '{self.length}' does not go with fit '{self.fit}', which takes one of {fills}")
+            raise ValueError(
+                f"length '{self.length}' does not go with fit '{self.resolved_fit}'; it takes one of {fills}"
+            )
         if abs(self.audio_delay_ms) > MAX_DELAY_MS:
             raise ValueError(f"audio delay must lie within {MAX_DELAY_MS} ms either way, got {self.audio_delay_ms}")
         if self.audio_track is not None and self.audio_track < 1:
