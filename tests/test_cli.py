@@ -36,6 +36,14 @@ FLAGS = {
         "--length", "--fit", "--audio-delay", "--audio-track", "--quality",
         "--speaker", "--voice", "--silence", "--strength",
     },
+    "batch": {
+        "--videos", "--audios", "--out", "--model", "--seed", "--threads", "--device", "--dtype", "--decoder", "--mask",
+        "--memory", "--workers", "--retries", "--report", "--dry-run", "--ray", "--force", "--verbose",
+    },
+    "prepare": {
+        "--output", "--format", "--min-frames", "--max-frames", "--shard-samples", "--syncnet", "--min-sync",
+        "--quality", "--min-quality", "--workers", "--retries", "--report", "--dry-run", "--ray", "--verbose",
+    },
     "demo": {"--output", "--model", "--seed", "--threads", "--verbose"},
     "doctor": {"--no-speed", "--verbose"},
     "pull": {"--folder", "--mirror", "--from-folder", "--only", "--accept", "--yes", "--verbose"},

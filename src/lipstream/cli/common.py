@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,18 +130,10 @@ def set_logging(verbose: bool) -> None:
 
 
 def silence_tflite() -> None:
-    """Load one face network with standard error closed: TFLite announces itself there once per process, from C."""
-    from lipstream.faces.detect import load_interpreter
+    """See `faces.detect`, which is not loaded before there is something to do."""
+    from lipstream.faces import detect
 
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        load_interpreter("face_detection_short_range")
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+    detect.silence_tflite()
 
 
 @contextmanager

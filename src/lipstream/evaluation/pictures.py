@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lipstream.evaluation.sharpness import laplacian_variance
+from lipstream.faces.sharp import laplacian_variance
 
 Image = NDArray[np.uint8]
 

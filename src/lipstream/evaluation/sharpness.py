@@ -12,16 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lipstream.evaluation.opening import Series, inter_ocular
+from lipstream.faces.sharp import laplacian_variance
 
 BOX_LANDMARKS = (61, 291, 0, 17, 13, 14)  # mouth corners, outer and inner middle of both lips
 MARGIN = 0.15  # of the inter-ocular distance, on every side
-
-
-def laplacian_variance(grey: NDArray[np.uint8]) -> float:
-    """Variance of the 3 x 3 Laplacian of a grey picture [H, W] uint8, in squared grey levels; NaN if it is empty."""
-    if min(grey.shape[:2]) < 3:
-        return float("nan")
-    return float(np.var(cv2.Laplacian(grey, cv2.CV_64F)))
 
 
 def mouth_box(landmarks: NDArray[Any], size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -10,6 +10,8 @@ overlapping square tiles of decreasing size, so a small face in a portrait or 10
 from __future__ import annotations
 
 import math
+import os
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -54,6 +56,19 @@ def load_interpreter(name: str) -> Interpreter:
     interpreter = Interpreter(model_content=content, num_threads=1)
     interpreter.allocate_tensors()
     return interpreter
+
+
+def silence_tflite() -> None:
+    """Load one network with standard error closed: TFLite announces itself there once per process, from C."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        load_interpreter("face_detection_short_range")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 @lru_cache(maxsize=1)

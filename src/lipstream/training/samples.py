@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lipstream.faces.canvas import FaceCanvas, Float
+from lipstream.faces.canvas import FaceCanvas
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def prepare_video(video: Path, folder: Path, canvas: FaceCanvas) -> bool:
         ValueError: the video has another frame rate, so that its frames would not lie beside its speech.
     """
     # Imported here: training from prepared samples needs neither the face networks nor a video library.
+    from lipstream.data.prepare.canvas_sample import CanvasSample
     from lipstream.faces.track import FaceTracker
     from lipstream.media.reader import VideoReader
     from lipstream.media.speech import load_speech
@@ -64,35 +65,20 @@ def prepare_video(video: Path, folder: Path, canvas: FaceCanvas) -> bool:
     target = folder / f"{video.parent.name}_{video.stem}.npz"
     if target.exists():
         return True
-    tracker = FaceTracker()
-    fields: list[Float] = []
-    textures: list[NDArray[np.uint8]] = []
-    tracked: list[bool] = []
+    tracker, sample = FaceTracker(), CanvasSample(canvas)
     reader = VideoReader(video)
     if abs(reader.fps - 25) > Fraction(1, 20):
         raise ValueError(
-            f"{video}: {float(reader.fps):.2f} frames per second; samples are made of 25, convert it first"
+            f"{video}: {float(reader.fps):.2f} frames per second; samples are made of 25, convert it first "
+            "or make them with lipstream prepare --format samples"
         )
     for frame in reader:
-        image = frame.image
-        face = tracker.step(image)
-        tracked.append(face is not None)
-        if face is None:
-            fields.append(fields[-1] if fields else np.zeros((20, 20, 2), np.float32))
-            textures.append(textures[-1] if textures else np.zeros((160, 160, 3), np.uint8))
-            continue
-        alignment = canvas.align(face.landmarks)
-        fields.append(canvas.field(face.landmarks, alignment))
-        textures.append(canvas.texture(image, fields[-1], alignment))
-    if sum(tracked) < 12:
-        log.warning("%s: a face in %d of %d frames; skipped", video, sum(tracked), len(tracked))
+        face = tracker.step(frame.image)
+        sample.add(frame.image, None if face is None else face.landmarks)
+    if sum(sample.tracked) < 12:
+        log.warning("%s: a face in %d of %d frames; skipped", video, sum(sample.tracked), len(sample.tracked))
         return False
-    folder.mkdir(parents=True, exist_ok=True)
-    speech = np.clip(load_speech(video) * 32768.0, -32768, 32767).astype(np.int16)
-    np.save(target.with_suffix(".tex.npy"), np.stack(textures))
-    temporary = target.with_suffix(".tmp.npz")
-    np.savez(temporary, field=np.stack(fields).astype(np.float16), ok=np.array(tracked), wav=speech)
-    temporary.replace(target)  # the .npz appears last, so a half-written sample is never read
+    sample.save(target, load_speech(video))
     return True
 
 
