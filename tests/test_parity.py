@@ -29,6 +29,7 @@ from lipstream.faces.track import FaceTracker
 from lipstream.fullsize import FullSizeTake
 from lipstream.fullsize_engine import FullSizeOptions
 from lipstream.fullsize_parity import OfficialObserver, ParityEngine, check_source
+from lipstream.manner import PLAIN
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
@@ -190,7 +191,7 @@ def test_exactly_the_official_frames_come(frames: int) -> None:
 def test_frame_count_is_the_official_length(samples: int) -> None:
     engine = ParityEngine.__new__(ParityEngine)
     expected = official_length(samples, float_seconds=True)
-    assert engine.frames(VideoReader(CLIP), samples).frames == expected.pixel_frames
+    assert engine.frames(VideoReader(CLIP), samples, "bounce", "audio").frames == expected.pixel_frames
     parts = iter([np.zeros(samples, np.float32), np.zeros(0, np.float32)])
     engine.features = None  # type: ignore[assignment]
     assert engine.rows(lambda count: next(parts)).length == expected
@@ -227,4 +228,4 @@ def test_options_that_exclude_each_other() -> None:
 def test_the_official_session_needs_the_official_rows(folder: Path) -> None:
     engine = LipSync.from_pretrained(folder, parity=True).engine
     with pytest.raises(ValueError, match="official rows"):
-        engine.session(Fraction(1, 25), lambda start, stop: torch.zeros(stop - start, 1), 0)
+        engine.session(Fraction(1, 25), lambda start, stop: torch.zeros(stop - start, 1), 0, PLAIN)
