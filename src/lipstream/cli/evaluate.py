@@ -55,14 +55,7 @@ def add_parser(subparsers: Any) -> None:
     torture = actions.add_parser("torture", help="every kind of video that people bring, and files that attackers send")
     torture.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose names begin so")
     torture.add_argument("--long", action="store_true", help="also the cases that take minutes")
-    measures = (
-        (sync, _sync),
-        (syncnet, _syncnet),
-        (codec, _codec),
-        (fidelity, _fidelity),
-        (speed, _speed),
-        (torture, _torture),
-    )
+    measures = {sync: _sync, syncnet: _syncnet, codec: _codec, fidelity: _fidelity, speed: _speed, torture: _torture}
     for parser, action in measures.items():
         parser.add_argument("--json", type=Path, metavar="OUT", help="write every figure to a file")
         add_model(parser)
