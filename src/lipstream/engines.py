@@ -52,7 +52,9 @@ class Engine(Protocol):
 
     silences: tuple[Silence, ...]
 
-    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
+    def frames(
+        self, reader: VideoReader, speech_samples: int, length: Length = "bounce", fit: Fit = "audio"
+    ) -> BouncingReader:
         """The source's frames of one run, cut or filled to the speech; see `timeline.FILLS`."""
         ...
 
@@ -81,7 +83,9 @@ class CanvasEngine:
     def __init__(self, model: MouthModel) -> None:
         self.model = model
 
-    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
+    def frames(
+        self, reader: VideoReader, speech_samples: int, length: Length = "bounce", fit: Fit = "audio"
+    ) -> BouncingReader:
         """See :class:`Engine`."""
         return BouncingReader(reader, speech_samples, length=length, fit=fit)
 

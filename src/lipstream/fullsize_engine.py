@@ -163,7 +163,9 @@ class FullSizeEngine:
         engine.window = options.window
         return engine
 
-    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
+    def frames(
+        self, reader: VideoReader, speech_samples: int, length: Length = "bounce", fit: Fit = "audio"
+    ) -> BouncingReader:
         """See `Engine`."""
         return BouncingReader(reader, speech_samples, length=length, fit=fit)
 

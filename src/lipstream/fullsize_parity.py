@@ -178,7 +178,9 @@ class ParityEngine(FullSizeEngine):
         self._anchors = anchors
         self._official = OfficialCompositor(model.mask)
 
-    def frames(self, reader: VideoReader, speech_samples: int, length: Length, fit: Fit) -> BouncingReader:
+    def frames(
+        self, reader: VideoReader, speech_samples: int, length: Length = "bounce", fit: Fit = "audio"
+    ) -> BouncingReader:
         """See `Engine`; 12 n - 3 frames, at least 9, whatever the video's and the speech's rest."""
         if (length, fit) != ("bounce", "audio"):
             raise ValueError("a parity run has the official length: leave out --length and --fit")
