@@ -125,7 +125,7 @@ class LipSync:
         Raises:
             ValueError: unknown name, files that do not fit, not enough memory, or an option of another kind of model.
         """
-        folder, name = _folder_of(model), str(model)
+        folder, name = folder_of(model), str(model)
         torch.set_num_threads(threads or 1)
         if (folder / "codec.safetensors").exists():
             given = {"device": device not in (None, "cpu"), "decoder": decoder, "mask": mask, "memory_gb": memory_gb}
@@ -252,7 +252,7 @@ class LipSync:
                 yield frame
 
 
-def _folder_of(model: PathLike) -> Path:
+def folder_of(model: PathLike) -> Path:
     """Where a model's files lie.
 
     Raises:

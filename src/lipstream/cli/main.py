@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from lipstream import __version__
-from lipstream.cli import bench, convert, data, demo, doctor, evaluate, pull, sync
+from lipstream.cli import bench, convert, data, demo, doctor, evaluate, personalize, pull, sync
 from lipstream.cli.common import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -34,7 +34,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="lipstream", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"lipstream {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for command in (sync, demo, doctor, evaluate, bench, data, pull, convert):
+    for command in (sync, demo, doctor, evaluate, bench, data, pull, convert, personalize):
         command.add_parser(commands)
     return parser
 
