@@ -61,7 +61,7 @@ def test_held_out_part_is_never_trained_on(stretches: list[Span], train_videos: 
 
 @pytest.mark.parametrize("stretches", [[], [Span(0, 0, 60)], [Span(0, 0, 2 * LEAST_FRAMES)], [Span(0, 0, 20)] * 9])
 def test_too_little_to_split(stretches: list[Span]) -> None:
-    with pytest.raises(ValueError, match="stretch|too little"):
+    with pytest.raises(ValueError, match=r"stretch|too little"):
         split_by_time(stretches, CONFIG)
 
 

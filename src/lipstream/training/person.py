@@ -14,7 +14,7 @@ hand where this runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +55,8 @@ class PersonConfig(ForcingConfig):
     lr: float = 3e-3
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True)
+class Span:
     """Pixel frames [start, stop) of a video in which one face shows without a break."""
 
     video: int
@@ -92,11 +93,11 @@ def split_by_time(stretches: Sequence[Span], config: PersonConfig) -> Split:
     first = min(divided.start + border - begin, divided.stop - LEAST_FRAMES)  # the first frame that is held out
     if first - config.gap_frames - divided.start < LEAST_FRAMES:
         first = divided.start
-    before = [*stretches[:index], divided._replace(stop=first)]
+    before = [*stretches[:index], replace(divided, stop=first)]
     ends = [min(s.stop, first - config.gap_frames) if s.video == divided.video else s.stop for s in before]
-    cut = [span._replace(stop=end) for span, end in zip(before, ends, strict=True)]
+    cut = [replace(span, stop=end) for span, end in zip(before, ends, strict=True)]
     kept = [span for span in cut if len(span) >= LEAST_FRAMES]
-    judged = [span for span in (divided._replace(start=first), *stretches[index + 1 :]) if len(span) >= LEAST_FRAMES]
+    judged = [span for span in (replace(divided, start=first), *stretches[index + 1 :]) if len(span) >= LEAST_FRAMES]
     if not kept or not judged:
         raise ValueError(
             f"a face shows without a break for {[len(s) for s in stretches]} frames; too little to train on one part "
@@ -109,7 +110,7 @@ def pieces(span: Span, most_frames: int = PIECE_FRAMES) -> list[Span]:
     """A span in parts of nearly equal length, of no more than ``most_frames``."""
     count = -(-len(span) // most_frames)
     borders = [span.start + round(i * len(span) / count) for i in range(count + 1)]
-    return [span._replace(start=a, stop=b) for a, b in pairwise(borders)]
+    return [replace(span, start=a, stop=b) for a, b in pairwise(borders)]
 
 
 def train_person(
