@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +15,18 @@ from safetensors.torch import load_file
 
 from lipstream import LipSync, personal
 from lipstream.checkpoints.networks import load_dit, save_codec, save_dit
+from lipstream.cli.demo import demo_files
+from lipstream.cli.personalize import as_text
 from lipstream.evaluation import rehearsal
 from lipstream.evaluation.correlation import correlation
 from lipstream.evaluation.rehearsal import Spoken, agreement, rehearsed_opening
+from lipstream.faces.canvas import FaceCanvas
 from lipstream.media.opening import MediaError
 from lipstream.models.audio import SpeechEncoder, save_speech_encoder, speech_config
 from lipstream.models.codec import PocketCodec
 from lipstream.mouth import CanvasFrame, Mouth, MouthModel
 from lipstream.personal import personalize
+from lipstream.session import Observed
 from lipstream.training.low_rank import add_low_rank, merge_low_rank
 from lipstream.training.material import Material
 from lipstream.training.person import LEAST_FRAMES, PersonConfig, Span, pieces, split_by_time, train_person
@@ -247,22 +254,75 @@ def test_other_models_cannot_be_personalized(video: Path, tmp_path: Path) -> Non
         personalize([video], tmp_path / "me", base="huge")
 
 
-def test_what_a_video_must_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lipstream.cli.demo import demo_files
-
+def test_a_real_file_gives_a_stretch() -> None:
     with demo_files() as (clip, _):
-        look = personal._look(0, clip, personal.FaceCanvas(), 60, lambda *_: None)
-        assert [len(stretch.span) for stretch in look] == [60]
-        assert look[0].fields.shape == (60, 20, 20, 2) and look[0].textures.shape == (60, 160, 160, 3)
-        monkeypatch.setattr(personal.Observer, "step", lambda self, frame: personal_faceless(frame))
-        with pytest.raises(MediaError, match="no face"):
-            personal._look(0, clip, personal.FaceCanvas(), 60, lambda *_: None)
-        monkeypatch.setattr(personal, "load_speech", lambda path: np.zeros(64_000, np.float32))
-        with pytest.raises(MediaError, match="silent"):
-            personal._look(0, clip, personal.FaceCanvas(), 60, lambda *_: None)
+        look = personal._look(0, clip, FaceCanvas(), 60, lambda *_: None)
+    assert [stretch.span for stretch in look] == [Span(0, 0, 60)]
+    assert look[0].fields.shape == (60, 20, 20, 2) and look[0].textures.shape == (60, 160, 160, 3)
 
 
-def personal_faceless(frame: object) -> object:
-    from lipstream.session import Observed
+class Reader:
+    """A video of 8 seconds at 50 frames per second."""
 
-    return Observed(frame, None, None, False)  # type: ignore[arg-type]
+    time_base, frames = Fraction(1, 50), 400
+
+    def __init__(self, path: Path) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[SimpleNamespace]:
+        return (SimpleNamespace(pts=i) for i in range(self.frames))
+
+
+def look_at(monkeypatch: pytest.MonkeyPatch, seen: Callable[[int], bool], loudness: float) -> list[personal._Stretch]:
+    """The stretches of that video; field i holds the number of its source frame, a cut lies at 200."""
+
+    def step(self: object, frame: SimpleNamespace) -> Observed[None, CanvasFrame]:
+        field = np.full((20, 20, 2), frame.pts, np.float32)
+        view = CanvasFrame(field, np.zeros((160, 160, 3), np.uint8)) if seen(frame.pts) else None
+        return Observed(frame, None, view, frame.pts == 200)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(personal, "VideoReader", Reader)
+    monkeypatch.setattr(personal.Observer, "step", step)
+    monkeypatch.setattr(personal, "load_speech", lambda path: np.full(128_000, loudness, np.float32))
+    return personal._look(4, Path("me.mp4"), FaceCanvas(), 4500, lambda *_: None)
+
+
+def test_any_frame_rate_and_no_stretch_across_a_cut_or_a_lost_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = look_at(monkeypatch, lambda i: not 300 <= i < 304, loudness=0.1)
+    assert [stretch.span for stretch in look] == [Span(4, 0, 100), Span(4, 100, 150), Span(4, 152, 200)]
+    numbers = np.concatenate([stretch.fields[:, 0, 0, 0] for stretch in look])
+    assert numbers.tolist() == [*range(0, 300, 2), *range(304, 400, 2)]
+
+
+def test_what_a_video_must_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MediaError, match=r"me.mp4: shows no face in any of its 400 frames"):
+        look_at(monkeypatch, lambda i: False, loudness=0.1)
+    with pytest.raises(MediaError, match=r"me.mp4: its sound is silent"):
+        look_at(monkeypatch, lambda i: True, loudness=0.0)
+
+
+def test_too_short_says_the_least_length(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(personal, "_look", lambda *_: [])
+    with pytest.raises(ValueError, match=r"0.0 s of a face .* 8 s are the least"):
+        personalize([tmp_path / "me.mp4"], tmp_path / "me", base=base)
+    assert not (tmp_path / "me").exists()
+
+
+def test_the_report_is_honest(tmp_path: Path) -> None:
+    before = rehearsal.Rehearsal(r=0.05, amplitude=1, error_px=2, pixel_frames=50)
+    report = personal.PersonalReport(
+        folder=tmp_path,
+        train_seconds=30,
+        held_seconds=2,
+        before=before,
+        after=before,
+        better=False,
+        kept=False,
+        seconds=1,
+    )
+    text = as_text(report)
+    assert "did not help" in text and "0.05 before, 0.05 after" in text and "is heard" in text
+    assert "NOT better" in as_text(replace(report, kept=True))
+    better = replace(before, r=0.5)
+    good = as_text(replace(report, after=better, better=True, kept=True))
+    assert "follows this person better" in good and "is heard" not in good

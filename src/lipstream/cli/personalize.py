@@ -26,6 +26,7 @@ from lipstream.media.opening import open_media
 if TYPE_CHECKING:
     from lipstream.personal import PersonalReport
 
+UNHEARD_R = 0.1  # do-nothing scores about 0
 DESCRIPTION = (
     "Fine-tune the small model on one person who speaks in VIDEO (8 s at least, a minute is better, the first 3 "
     "minutes count) and write a model folder for `lipstream sync --model FOLDER`. The last quarter is not trained on: "
@@ -103,4 +104,6 @@ def as_text(report: PersonalReport) -> str:
             f"{report.folder}: it did not help, so the folder has the general weights; more speech of this person "
             f"helps, --keep-anyway keeps the new ones"
         )
+    if max(before.r, after.r) < UNHEARD_R:
+        lines.append("the lips of the video hardly move with its sound: is the one who is seen the one who is heard?")
     return "\n".join(lines)

@@ -51,7 +51,7 @@ class PersonConfig(ForcingConfig):
     gap_frames: int = 30
     rank: int = 16
     whole: tuple[str, ...] = ("audio_cond_projs",)
-    steps: int = 100
+    steps: int = 60
     lr: float = 3e-3
 
 
