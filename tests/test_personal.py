@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from lipstream import LipSync, personal
 from lipstream.checkpoints.networks import load_dit, save_codec, save_dit
 from lipstream.cli.demo import demo_files
+from lipstream.cli.main import main
 from lipstream.cli.personalize import as_text
 from lipstream.evaluation import rehearsal
 from lipstream.evaluation.correlation import correlation
@@ -252,6 +253,11 @@ def test_other_models_cannot_be_personalized(video: Path, tmp_path: Path) -> Non
         personalize([video], tmp_path / "me", base=tmp_path / "large")
     with pytest.raises(ValueError, match="unknown model"):
         personalize([video], tmp_path / "me", base="huge")
+
+
+def test_help_names_the_default_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["personalize", "--help"]) == 0
+    assert f"(default: {PersonConfig().steps})" in capsys.readouterr().out
 
 
 def test_a_real_file_gives_a_stretch() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ LEAST_SECONDS = 8  # of a face and speech; two are held out, which says little
 MOST_SECONDS = 180  # what lies beyond is not read: memory (2 MB a second) and minutes
 LEAST_LOUDNESS = 1e-3  # root mean square; below it nobody speaks
 WORTH_R = 0.01  # a smaller rise is no reason to give up the general weights
-JUDGED_FRAMES = 500  # of the held-out part
+JUDGED_FRAMES = 500  # of the held-out part, or a little more
 RUN = "unfinished"  # folder inside the result's; removed when it is done
 PARTS = ("dit.safetensors", "speech.safetensors", "codec.safetensors")  # the last one makes a folder a model
 
@@ -118,15 +118,16 @@ def personalize(
         split = split_by_time([stretch.span for stretch in stretches], config)
     except ValueError as error:
         raise ValueError(f"{', '.join(map(str, videos))}: {error}") from None
-    _claim(run, {"videos": [asdict(record_file(video)) for video in videos], "config": asdict(config), "seed": seed},
-           record_file(source / PARTS[0]).sha256)  # fmt: skip
+    records = [asdict(record_file(path)) for path in (source / PARTS[0], *videos)]
+    _claim(run, {"files": records, "config": asdict(config), "seed": seed})
     held = [piece for span in split.held for piece in pieces(span)]
-    takes = [_spoken(clip, model.speech) for clip in _clips(stretches, held, model.speech)]
-    takes = takes[: max(1, 1 + JUDGED_FRAMES // max(len(take.speech) for take in takes))]
+    begun = np.cumsum([0, *map(len, held)])
+    judged = [piece for piece, frames in zip(held, begun, strict=False) if frames < JUDGED_FRAMES]
+    takes = [_spoken(clip, model.speech) for clip in _clips(stretches, judged, model.speech)]
     tell("judging the general model", 0, None)
     before = rehearse(model, takes, seed)
-    learned = _learn(run, model, _clips(stretches, [p for s in split.train for p in pieces(s)], model.speech),
-                     source, config, seed, tell)  # fmt: skip
+    clips = _clips(stretches, [piece for span in split.train for piece in pieces(span)], model.speech)
+    learned = _learn(run, model, clips, source, config, seed, tell)
     tell("judging the personal model", 0, None)
     after = rehearse(learned, takes, seed)
     better = after.r >= before.r + WORTH_R
@@ -229,13 +230,13 @@ def _spoken(clip: Clip, encoder: SpeechEncoder) -> Spoken:
 # ------------------------------------------------------------------------------------------------ learn and write
 
 
-def _claim(run: Path, plan: dict[str, object], base: str) -> None:
+def _claim(run: Path, plan: dict[str, Any]) -> None:
     """Begin a run, or make sure that the one in the folder is the same.
 
     Raises:
         ValueError: it is another one.
     """
-    text = json.dumps(plan | {"base": base}, sort_keys=True)
+    text = json.dumps(plan, sort_keys=True)
     digest, file = hashlib.sha256(text.encode()).hexdigest(), run / "plan.sha256"
     if file.exists() and file.read_text() != digest:
         raise ValueError(f"{run}: an unfinished run of other videos or settings; remove it or choose another folder")

@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", default="pocket", help="what to begin with (default: pocket, the one inside)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws; the same seed gives the same model")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
-    parser.add_argument("--steps", type=positive, help="how long to learn (default: see docs/personalize.md)")
+    parser.add_argument("--steps", type=positive, help="steps of learning (default: 60)")
     parser.add_argument("--keep-anyway", action="store_true", help="keep the new weights where they are no better, too")
     add_verbose(parser)
     parser.set_defaults(run=run)
