@@ -38,7 +38,8 @@ FLAGS = {
     },
     "batch": {
         "--videos", "--audios", "--out", "--model", "--seed", "--threads", "--device", "--dtype", "--decoder", "--mask",
-        "--memory", "--workers", "--retries", "--report", "--dry-run", "--ray", "--force", "--verbose",
+        "--memory", "--speech-lookahead", "--parity", "--workers", "--retries", "--report", "--dry-run", "--ray",
+        "--force", "--verbose",
     },
     "prepare": {
         "--output", "--format", "--min-frames", "--max-frames", "--shard-samples", "--syncnet", "--min-sync",
@@ -62,6 +63,7 @@ FLAGS = {
         "--speech", "--syncnet", "--seed", "--threads", "--verbose",
     },
     "ablate": {"--output", "--seeds", "--list", "--workers", "--config", "--verbose"},
+    "personalize": {"--output", "--model", "--seed", "--threads", "--steps", "--keep-anyway", "--verbose"},
     "bench": {
         "--model", "--device", "--dtype", "--size", "--chunks", "--starts", "--layers", "--threads", "--attention",
         "--compile", "--join-clean", "--json", "--verbose",
@@ -153,7 +155,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
     assert all(
-        command in listed for command in ("sync", "demo", "doctor", "evaluate", "bench", "data", "pull", "convert")
+        command in listed
+        for command in ("sync", "demo", "doctor", "evaluate", "bench", "data", "pull", "convert", "personalize")
     )
 
 
@@ -181,6 +184,11 @@ def test_help_does_not_load_torch() -> None:
         (["sync", "clip.mp4", "speech.m4a", "-o", "out.mp4", "--threads", "0"], "at least 1"),
         (["sync", "clip.mp4", "speech.m4a", "-o", "out.mp4", "--model", "huge"], "huge"),
         (["demo", "-o", "taken.mp4"], "taken.mp4"),
+        (["personalize", "none.mp4", "-o", "me"], "no such file"),
+        (["personalize", "silent.mp4", "-o", "me"], "no audio stream"),
+        (["personalize", "clip.mp4", "clip.mp4", "-o", "me"], "given twice"),
+        (["personalize", "clip.mp4", "-o", "taken.mp4"], "is a file"),
+        (["personalize", "clip.mp4", "-o", "me"], "8 s are the least"),
         (["bench", "--model", "huge"], "1.3b"),
         (["bench", "--model", "test", "--device", "gpu"], "unknown device"),
         (["bench", "--model", "test", "--size", "70"], "16 pixels"),

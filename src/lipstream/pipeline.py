@@ -170,7 +170,7 @@ class LipSync:
         Raises:
             ValueError: unknown name, files that do not fit, not enough memory, or an option of another kind of model.
         """
-        folder, name = _folder_of(model), str(model)
+        folder, name = folder_of(model), str(model)
         torch.set_num_threads(threads or 1)
         if (folder / "codec.safetensors").exists():
             given = {
@@ -330,7 +330,7 @@ def queue_frames(reader: VideoReader) -> int:
     return min(max(_AHEAD_BYTES // reader.frame_bytes, 2), _AHEAD)
 
 
-def _folder_of(model: PathLike) -> Path:
+def folder_of(model: PathLike) -> Path:
     """Where a model's files lie.
 
     Raises:

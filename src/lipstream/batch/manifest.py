@@ -211,9 +211,7 @@ def _item(folder: Path, line: int, row: dict[str, Any]) -> Item:
         paths[name] = folder / value.strip()
     output = paths["output"]
     if output.suffix.lower() not in MUXERS:
-        raise ColumnError(
-            "output", f"'{row['output']}' has no type that can be written; end it in {', '.join(MUXERS)}"
-        )
+        raise ColumnError("output", f"'{row['output']}' has no type that can be written; end it in {', '.join(MUXERS)}")
     for name in ("video", "audio"):
         if not paths[name].is_file():
             raise ColumnError(name, f"'{row[name]}' is not a file ({paths[name]}); check the name")

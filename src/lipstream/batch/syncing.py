@@ -41,12 +41,12 @@ def _wish(options: SyncOptions) -> str:
 
 
 # What of a model's loading changes its results; where it runs does not.
-_MATTERS = ("model", "seed", "dtype", "decoder", "mask")
+_MATTERS = ("model", "seed", "dtype", "decoder", "mask", "speech_lookahead", "parity")
 
 
 def model_of(loading: Mapping[str, Any]) -> str:
     """What all items of a batch share, as text: with another model or seed they are done again."""
-    return " ".join(f"{name}={loading[name]}" for name in _MATTERS if loading.get(name) is not None)
+    return " ".join(f"{name}={loading[name]}" for name in _MATTERS if loading.get(name) not in (None, False))
 
 
 @dataclass(frozen=True, kw_only=True)

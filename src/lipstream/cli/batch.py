@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     loading = {
         "model": args.model, "seed": args.seed, "threads": args.threads, "device": args.device, "dtype": args.dtype,
         "decoder": args.decoder, "mask": args.mask, "memory_gb": args.memory,
+        "speech_lookahead": args.speech_lookahead, "parity": args.parity,
     }  # fmt: skip
     config = BatchConfig(retries=args.retries, force=args.force, run=model_of(loading))
     jobs = sync_jobs(items)

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 
 from lipstream.media.opening import open_media, picture_stream, seconds
@@ -168,9 +177,23 @@ def show_progress() -> Iterator[Callable[[Progress], None]]:
 @contextmanager
 def show_bytes() -> Iterator[Report]:
     """A bar for large files on standard error: stage, bytes, speed, time left; nothing where that is no terminal."""
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with _stages(DownloadColumn(), TransferSpeedColumn()) as report:
+        yield report
+
+
+@contextmanager
+def show_steps() -> Iterator[Report]:
+    """The same for work that is counted in frames or steps."""
+    with _stages(MofNCompleteColumn()) as report:
+        yield report
+
+
+@contextmanager
+def _stages(*counts: ProgressColumn) -> Iterator[Report]:
+    """A bar that shows one stage at a time."""
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
     console = Console(stderr=True)
-    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done_bytes: int, total_bytes: int | None) -> None:

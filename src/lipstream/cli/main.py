@@ -14,7 +14,21 @@ from collections.abc import Sequence
 from types import FrameType
 
 from lipstream import __version__
-from lipstream.cli import ablate, analyze, batch, bench, convert, data, demo, doctor, evaluate, prepare, pull, sync
+from lipstream.cli import (
+    ablate,
+    analyze,
+    batch,
+    bench,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    personalize,
+    prepare,
+    pull,
+    sync,
+)
 from lipstream.cli.common import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -34,7 +48,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="lipstream", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"lipstream {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for command in (sync, batch, demo, doctor, evaluate, bench, data, prepare, pull, convert, analyze, ablate):
+    for command in (
+        sync, batch, personalize, demo, doctor, evaluate, bench, data, prepare, pull, convert, analyze, ablate,
+    ):  # fmt: skip
         command.add_parser(commands)
     return parser
 
