@@ -341,6 +341,10 @@ def syncnet_reward(file: Path, codec: PocketCodec, speech: Path) -> Reward:
 
 def main() -> None:
     """Command line; see the module docstring."""
+    from lipstream.training import scale  # it stands on this module
+
+    if scale.asks_for_recipe():
+        return scale.main("distill")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_material(parser)
     parser.add_argument("--student", type=Path, required=True, metavar="DIT", help="weights after stage 1")

@@ -244,6 +244,10 @@ def train(
 
 def main() -> None:
     """Command line; see the module docstring."""
+    from lipstream.training import scale  # it stands on this module
+
+    if scale.asks_for_recipe():
+        return scale.main("forcing")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_material(parser)
     parser.add_argument("--steps", type=int, default=6000)
