@@ -25,7 +25,6 @@ from lipstream.checkpoints.convert import assemble
 from lipstream.checkpoints.encoders import load_syncnet
 from lipstream.faces.mouth_mask import MouthMask, mouth_mask
 from lipstream.models.dit import FLAVOURS, DiT
-from lipstream.models.syncnet import FLAVOURS as SYNCNETS
 from lipstream.models.tae import TAE
 from lipstream.training import parallel, recipes
 from lipstream.training.adapters import LoraRecipe, add_lora, trainable_state
@@ -274,7 +273,5 @@ def _prepare(name: StageName, arguments: argparse.Namespace, device: torch.devic
     teacher = load_network(arguments.teacher, recipe.teacher_flavour)
     reward = None
     if arguments.tae is not None and arguments.syncnet is not None:
-        size = "test" if recipe.flavour == "test" else "official"
-        syncnet = load_syncnet(arguments.syncnet, SYNCNETS[size]).to(device)
-        reward = sync_reward(load_tae(arguments.tae, device), syncnet)
+        reward = sync_reward(load_tae(arguments.tae, device), load_syncnet(arguments.syncnet).to(device))
     return distill_stage(recipe, site, (model, critic, teacher), reward)
