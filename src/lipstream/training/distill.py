@@ -182,7 +182,8 @@ class Distillation(Generic[BatchT]):
         fake = predict(self.task, self.critic, noisy, t, batch)
         real = predict(self.task, self.teacher, noisy, t, batch)
         scale = teacher_scale(t, self.config)
-        if (scale != 1).any():
+        # Processes that share the teacher's blocks have to call it equally often, whatever their times are.
+        if parallel.together() or (scale != 1).any():
             silent = predict(self.task, self.teacher, noisy, t, batch, null=True)
             real = guided(real, silent, scale)
         return matching_gradient(generated, fake, real)
