@@ -27,7 +27,8 @@ from lipstream.training.clips import ClipBatch, load_empty_prompt
 from lipstream.training.distill import Distillation
 from lipstream.training.forcing import WholeClips
 from lipstream.training.loop import LoopConfig
-from lipstream.training.scale import Site, Stage, distill_stage, forcing_stage, run_stage, teacher_stage
+from lipstream.training.scale import Site, Stage, distill_stage, forcing_stage, load_network, run_stage, teacher_stage
+from lipstream.training.task import predict
 from official_clips import CONFIG, LATENT_FRAMES, write_empty_prompt, write_list, written_clips
 
 BRIEF = LoopConfig(steps=2, warmup=0, report_every=1, save_every=1, ema=None, recompute=True, bf16=True)
@@ -119,10 +120,10 @@ def test_stage_ones_loss_is_half_the_squared_error_at_a_time_per_chunk(tmp_path:
     stage = forcing_stage(small(recipes.forcing("1.3b")), site_of(tmp_path), fresh())
     loss, (trainee,) = stage.trainees[0].loss, stage.trainees
     calls: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
-    predict = trainee.model.predict
+    unwatched = trainee.model.predict
 
     def watched(x: Tensor, t: Tensor, conditions: Any, **options: Any) -> Any:
-        made = predict(x, t, conditions, **options)
+        made = unwatched(x, t, conditions, **options)
         calls.append((t, made.x0.float(), options))
         return made
 
@@ -179,20 +180,27 @@ def test_stage_two_has_gradients_only_where_they_should_be(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("t", "calls"), [(0.7, 2), (0.95, 1), (0.3, 1)])
-def test_the_teacher_is_guided_inside_the_window_only(tmp_path: Path, t: float, calls: int) -> None:
+def test_the_teacher_is_guided_inside_the_window_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t: float, calls: int
+) -> None:
     stage = stage_two(tmp_path, beta=0.0)
     losses = stage.trainees[0].loss.__self__  # type: ignore[attr-defined]
     asked: list[Any] = []
-    predict = losses.teacher.predict
+    unwatched = losses.teacher.predict
 
     def watched(x: Tensor, time: Tensor, conditions: Any, **options: Any) -> Any:
         asked.append(conditions)
-        return predict(x, time, conditions, **options)
+        return unwatched(x, time, conditions, **options)
 
     losses.teacher.predict = watched
     losses._time = lambda generated: torch.full((len(generated),), t, dtype=torch.float64)
     losses.student_loss(0)
     assert [conditions.audio is None for conditions in asked] == [False, True][:calls]
+    # Many processes share its blocks and have other times: all call it twice, always.
+    monkeypatch.setattr(distill.parallel, "together", lambda: True)
+    monkeypatch.setattr(distill.parallel, "share", lambda value: value)
+    losses.student_loss(0)
+    assert len(asked) == calls + 2
     if calls == 2:
         assert torch.equal(asked[1].text, stage.task.empty_prompt)
         assert all(torch.equal(getattr(asked[0], name), getattr(asked[1], name)) for name in ("masked_video", "mask"))
@@ -233,6 +241,15 @@ def test_lora_recipes_train_factors_and_write_the_adapter(tmp_path: Path) -> Non
     adapter = load_file(tmp_path / "run" / "adapter.safetensors")
     assert {"blocks.0.self_attn.q.lora_B.weight", "patch_embedding.weight", "audio_proj.proj.weight"} <= set(adapter)
     assert adapter["blocks.0.self_attn.q.lora_B.weight"].abs().sum() > 0
+    # Merged into what it was trained on, as the next stage takes it, it is the same network.
+    torch.save(fresh().state_dict(), tmp_path / "base.pth")
+    merged = load_network([tmp_path / "base.pth", tmp_path / "run" / "adapter.safetensors"], "test")
+    batch = stage.task.batch(LATENT_FRAMES)
+    t = torch.full((2,), 0.7, dtype=torch.float64)
+    live = stage.trainees[0].model
+    assert isinstance(live, DiT)
+    x0 = [predict(stage.task, model.eval(), batch.reference, t, batch) for model in (live, merged)]
+    torch.testing.assert_close(*x0, rtol=0.05, atol=0.05)
 
 
 def command(name: str, folder: Path, *extra: str, recipe: str = "test") -> list[str]:
