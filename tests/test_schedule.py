@@ -35,6 +35,17 @@ def test_distillation_time(data: dict[str, torch.Tensor]) -> None:
     assert ((draws >= low) & (draws <= high)).double().mean().item() == pytest.approx(0.40, abs=0.01)
 
 
+def test_teacher_training_times(data: dict[str, torch.Tensor]) -> None:
+    index = torch.arange(1000)
+    times = schedule.teacher_training_times(index)
+    told = data["out.teacher_training.timesteps_1000_bf16"].double()
+    assert torch.equal((1000 * times.t).round(decimals=6), told) and len(times.t.unique()) == 294
+    assert_close(times.level, data["out.teacher_training.sigma_used_for_noising"].double(), 1e-6)
+    assert_close(times.weight, data["out.teacher_training.weight_used"], 1e-6)
+    some = schedule.teacher_training_times(index[[3, 700]])
+    assert torch.equal(some.weight, times.weight[[3, 700]]) and some.t[0] == 1.0  # 999.4 -> 1000
+
+
 def test_updates(data: dict[str, torch.Tensor]) -> None:
     x, v, eps, t, t_next = (data[f"in.{k}"] for k in ("x_t", "velocity", "eps", "t", "t_next"))
     x0 = schedule.x0_from_velocity(x, v, t)

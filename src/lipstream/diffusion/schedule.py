@@ -7,6 +7,8 @@ H, W]; times are [B] or, for diffusion forcing, one per latent frame [B, T].
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,37 @@ def sampling_sigmas(steps: int = 50, shift: float = SHIFT) -> Tensor:
 def distillation_time(uniform: Tensor) -> Tensor:
     """Distribution matching, draws r in [0, 1): u = .001 + .998 r, shifted, limited to [.001, .999]."""
     return shift_time(0.001 + 0.998 * uniform.to(torch.float64)).clamp(0.001, T_MAX)
+
+
+class TrainingTimes(NamedTuple):
+    """Draws of flow matching, each [B].
+
+    Attributes:
+        t: what the network is told; float64.
+        level: of the noise that is added; float64.
+        weight: of the squared error of the velocity; float32.
+    """
+
+    t: Tensor
+    level: Tensor
+    weight: Tensor
+
+
+def teacher_training_times(index: Tensor, steps: int = 1000, shift: float = SHIFT) -> TrainingTimes:
+    """Rows of the grid that the official teacher learns on (spec 5.3, 11.2); index [B] int64, 0 is the noisiest.
+
+    The weight is a bell over the network's timestep, exp(-2 ((1000 σ - 500) / 1000)²), less its least value, mean 1.
+    The timestep is rounded to bfloat16 before it is used (999 -> 1000), as it also is in that teacher's sampler; noise
+    level and weight come from the row nearest to what the rounding gave.
+    """
+    timesteps = 1000 * shift_time(torch.linspace(1, 0, steps + 1)[:-1], shift)
+    bell = torch.exp(-2 * ((timesteps - 500) / 1000).square())
+    bell = bell - bell.min()
+    bell = bell * (steps / bell.sum())
+    told = timesteps.to(torch.bfloat16).float()[index.cpu()]
+    nearest = (timesteps - told[:, None]).abs().argmin(1)
+    times = TrainingTimes(told.double() / 1000, timesteps[nearest].double() / 1000, bell[nearest])
+    return TrainingTimes(*(part.to(index.device) for part in times))
 
 
 def times_per_latent_frame(chunk_steps: Tensor, latent_frames: int, chunk: int, times: tuple[float, ...]) -> Tensor:

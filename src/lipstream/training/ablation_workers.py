@@ -148,8 +148,7 @@ class Workers:
 def sample_teacher(teacher: DiT, task: MouthTask, batch: Batch, scale: float, seed: int = 0, steps: int = 50) -> Tensor:
     """x0 [B, K, T, g, g] after so many guided Euler steps from noise."""
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(seed))
-    conditions = task.conditions(teacher, batch.speech, batch.seen)
-    silent = task.conditions(teacher, torch.zeros_like(batch.speech), batch.seen)
+    conditions, silent = (task.conditions(teacher, batch, null=null) for null in (False, True))
 
     def network(x: Tensor, t: Tensor, conditions: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -15,6 +15,7 @@ The equations are in `lipstream.diffusion.matching`, the schedule in `diffusion.
 
     python -m lipstream.training.distill RUN --samples DIR... --codec codec.safetensors --speech speech.safetensors \
         --student dit.safetensors --teacher teacher.safetensors --syncnet syncnet.safetensors
+    torchrun ... -m lipstream.training.distill RUN --recipe 14b --clips LIST ...       # see docs/training-at-scale.md
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Generic, Literal, get_args
 
 import numpy as np
 import torch
@@ -47,21 +48,23 @@ from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.dit import DiT
 from lipstream.models.syncnet_pocket import SyncScorer
 from lipstream.training import parallel
-from lipstream.training.coded import CHUNK, Windows
+from lipstream.training.coded import Windows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.material import Material, add_material, read_material
 from lipstream.training.mouths import Batch, MouthConfig, MouthTask
+from lipstream.training.task import BatchT, Task, predict
 from lipstream.training.teacher import SEGMENT, gap_correlation, held_out_batch, speakers
 
 log = logging.getLogger(__name__)
 
+_CACHE_LIMITS = ("window_latent_frames", "sink_latent_frames")
 Guidance = Literal["window", "all", "none", "reverse"]
-#: Latents [B, K, T, g, g] and speech rows [B, T, 4, D] -> confidence [B] that they belong together.
-Reward = Callable[[Tensor, Tensor], Tensor]
+#: Latents [B, C, T, H, W] and their batch, which has the speech -> confidence [B] that they belong together.
+Reward = Callable[[Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(MouthConfig):
+class DistillTerms:
     """What stage 2 does. The defaults are the paper's where it has them.
 
     Attributes:
@@ -73,12 +76,10 @@ class DistillConfig(MouthConfig):
         clamp: limits of the reward before the exponent.
         student_every: critic updates per student update.
         student_lr, critic_lr: of the two optimisers.
-        drop_audio: none: the student has no null branch any more.
+        latent_frames: of a rollout.
+        cache_window: (window, sink) of the rollout's cache in latent frames; None: the network's own.
     """
 
-    batch: int = 8
-    drop_audio: float = 0.0
-    averaged_odds: float = 1.0
     times: tuple[float, ...] = STUDENT_TIMES
     guidance_schedule: Guidance = "window"
     scale: float = 4.5
@@ -90,9 +91,23 @@ class DistillConfig(MouthConfig):
     student_lr: float = 1e-4
     critic_lr: float = 2e-4
     latent_frames: int = SEGMENT
+    cache_window: tuple[int, int] | None = None
 
 
-def teacher_scale(t: Tensor, config: DistillConfig) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(MouthConfig, DistillTerms):
+    """What stage 2 of the pocket model does.
+
+    Attributes:
+        drop_audio: none: the student has no null branch any more.
+    """
+
+    batch: int = 8
+    drop_audio: float = 0.0
+    averaged_odds: float = 1.0
+
+
+def teacher_scale(t: Tensor, config: DistillTerms) -> Tensor:
     """The teacher's guidance at times t [B]."""
     if config.guidance_schedule == "none":
         return torch.ones_like(t)
@@ -101,7 +116,7 @@ def teacher_scale(t: Tensor, config: DistillConfig) -> Tensor:
     return sync_window_scale(t, config.scale, config.window, reverse=config.guidance_schedule == "reverse")
 
 
-class Distillation:
+class Distillation(Generic[BatchT]):
     """The three networks and the two losses.
 
     Args:
@@ -113,8 +128,8 @@ class Distillation:
         student: DiT,
         critic: DiT,
         teacher: DiT,
-        task: MouthTask,
-        config: DistillConfig,
+        task: Task[BatchT],
+        config: DistillTerms,
         reward: Reward | None = None,
     ) -> None:
         if config.beta and reward is None:
@@ -130,9 +145,9 @@ class Distillation:
         batch = self._batch()
         with torch.no_grad():
             generated = self.generate(batch)
-        t = self._time(len(generated))
+        t = self._time(generated)
         noisy = add_noise(generated, torch.randn_like(generated), t)
-        predicted = self.task.predict(self.critic, noisy, t, batch.speech, batch.seen)
+        predicted = predict(self.task, self.critic, noisy, t, batch)
         return critic_loss(predicted, generated, self.weight).mean(), {}
 
     def student_loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -147,63 +162,72 @@ class Distillation:
         }
         if self.reward is None:
             return losses.mean(), metrics
-        reward = self.reward(generated.detach(), batch.heard)
+        reward = self.reward(generated.detach(), batch)
         metrics["reward"] = reward.mean().item()
         weights = reward_weights(reward, self.config.beta, self.config.clamp)
         return rewarded(losses, weights, self.config.reward_mode), metrics
 
-    def generate(self, batch: Batch) -> Tensor:
-        """The student's x0 [B, K, T, g, g] of a batch, chunk by chunk, all chunks left at the same random call."""
+    def generate(self, batch: BatchT) -> Tensor:
+        """The student's x0 [B, C, T, H, W] of a batch, chunk by chunk, all chunks left at the same random call."""
         config = self.config
-        exit_call = int(parallel.share(float(self.task.windows.rng.integers(len(config.times) - 1))))
-        return roll_out(self.student, self.task, batch, config.times, exit_call=exit_call)
+        exit_call = int(parallel.share(float(self.task.rng.integers(len(config.times) - 1))))
+        return roll_out(
+            self.student, self.task, batch, config.times, exit_call=exit_call, cache_window=config.cache_window
+        )
 
     @torch.no_grad()
-    def _gradient(self, generated: Tensor, batch: Batch) -> Tensor:
-        t = self._time(len(generated))
+    def _gradient(self, generated: Tensor, batch: BatchT) -> Tensor:
+        t = self._time(generated)
         noisy = add_noise(generated, torch.randn_like(generated), t)
-        fake = self.task.predict(self.critic, noisy, t, batch.speech, batch.seen)
-        real = self.task.predict(self.teacher, noisy, t, batch.speech, batch.seen)
+        fake = predict(self.task, self.critic, noisy, t, batch)
+        real = predict(self.task, self.teacher, noisy, t, batch)
         scale = teacher_scale(t, self.config)
-        if (scale != 1).any():
-            silent = self.task.predict(self.teacher, noisy, t, torch.zeros_like(batch.speech), batch.seen)
+        # Processes that share the teacher's blocks have to call it equally often, whatever their times are.
+        if parallel.together() or (scale != 1).any():
+            silent = predict(self.task, self.teacher, noisy, t, batch, null=True)
             real = guided(real, silent, scale)
         return matching_gradient(generated, fake, real)
 
-    def _batch(self) -> Batch:
+    def _batch(self) -> BatchT:
         return self.task.batch(self.config.latent_frames)
 
-    def _time(self, batch: int) -> Tensor:
-        return distillation_time(torch.from_numpy(self.task.windows.rng.random(batch)))
+    def _time(self, generated: Tensor) -> Tensor:
+        return distillation_time(torch.from_numpy(self.task.rng.random(len(generated)))).to(generated.device)
 
 
 def roll_out(
     student: DiT,
-    task: MouthTask,
-    batch: Batch,
+    task: Task[BatchT],
+    batch: BatchT,
     times: tuple[float, ...] = STUDENT_TIMES,
     exit_call: int | None = None,
     guidance: float = 1.0,
     generator: torch.Generator | None = None,
+    cache_window: tuple[int, int] | None = None,
 ) -> Tensor:
-    """x0 [B, K, T, g, g] of the student on a batch, chunk by chunk, as `lipstream sync` makes it.
+    """x0 [B, C, T, H, W] of the student on a batch, chunk by chunk, as `lipstream sync` makes it.
 
     Args:
         exit_call: ends every chunk after that call, which alone has a gradient; None: the last call.
         generator: of the noise; None: torch's own.
+        cache_window: (window, sink) of the cache; None: the network's own.
     """
-    size, _, latent_frames, grid, _ = batch.target.shape
-    shape = (size, student.config.latent_channels, CHUNK, grid, grid)
-    with torch.autocast("cpu", torch.bfloat16):
-        conditions = task.conditions(student, batch.speech, batch.seen)
+    size, channels, latent_frames, height, width = batch.target.shape
+    chunk, device = student.config.chunk_latent_frames, batch.target.device
+    if latent_frames % chunk:
+        raise ValueError(f"a rollout is made of chunks of {chunk} latent frames, {latent_frames} are not")
+    shape = (size, channels, chunk, height, width)
+    limits = {} if cache_window is None else dict(zip(_CACHE_LIMITS, cache_window, strict=True))
+    with torch.autocast(device.type, torch.bfloat16):
+        conditions = task.conditions(student, batch)
         rollout = Rollout(
-            student, batch=size, height=grid, width=grid, times=times, guidance=guidance,
-            noise=lambda chunk: lambda call: torch.randn(shape, generator=generator),
-            cache=student.make_cache(size, grid, grid, dtype=torch.bfloat16),
+            student, batch=size, height=height, width=width, times=times, guidance=guidance,
+            noise=lambda number: lambda call: torch.randn(shape, generator=generator, device=device),
+            cache=student.make_cache(size, height, width, dtype=torch.bfloat16, **limits),
         )  # fmt: skip
         parts = [
-            rollout.step(conditions.slice(slice(start, start + CHUNK)), exit_call=exit_call)
-            for start in range(0, latent_frames, CHUNK)
+            rollout.step(conditions.slice(slice(start, start + chunk)), exit_call=exit_call)
+            for start in range(0, latent_frames, chunk)
         ]
     return torch.cat(parts, 2).float()
 
@@ -244,7 +268,7 @@ class Audition:
                 "sharp": detail(self.task, x0) / detail(self.task, batch.target),
             }
             if self.reward is not None:
-                figures["sync"] = self.reward(x0, batch.heard).mean()
+                figures["sync"] = self.reward(x0, batch).mean()
             found |= {f"{key}_{name}": round(float(value), 4) for key, value in figures.items()}
         return found
 
@@ -292,7 +316,7 @@ def train(
         ),
     ]
     trainer = Loop(trainees, loop, run)
-    windows.rng = np.random.default_rng(trainer.seed(seed))  # a resumed run goes on to new draws
+    task.rng = np.random.default_rng(trainer.seed(seed))  # a resumed run goes on to new draws
     torch.manual_seed(trainer.seed(seed))
     audition = Audition(task, material, config, reward) if material.held else None
 
@@ -309,15 +333,19 @@ def syncnet_reward(file: Path, codec: PocketCodec, speech: Path) -> Reward:
     """The reward of a SyncNet file: confidence of the shape fields, a stream's first frame once."""
     scorer = SyncScorer(load_syncnet(file), codec, load_speech_encoder(speech))
 
-    def reward(z: Tensor, heard: Tensor) -> Tensor:
+    def reward(z: Tensor, batch: Batch) -> Tensor:
         lone = FRAMES_PER_LATENT - 1
-        return scorer.confidence(scorer.decode(z)[:, lone:], heard.flatten(1, 2)[:, lone:])
+        return scorer.confidence(scorer.decode(z)[:, lone:], batch.heard.flatten(1, 2)[:, lone:])
 
     return reward
 
 
 def main() -> None:
     """Command line; see the module docstring."""
+    from lipstream.training import scale  # it stands on this module
+
+    if scale.asks_for_recipe():
+        return scale.main("distill")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_material(parser)
     parser.add_argument("--student", type=Path, required=True, metavar="DIT", help="weights after stage 1")

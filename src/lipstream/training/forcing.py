@@ -1,11 +1,13 @@
 """Stage 1, diffusion forcing: the causal student learns to denoise every chunk at its own noise level (paper, 3).
 
-Loss: squared error of the x0 prediction at t drawn per chunk from the student's own times {0.999, 0.769, 0}. A training
-window is what the rolling cache shows at inference (spec 2.1): the sink, the previous chunk and the current chunk at
-rotary positions 0..6, or the first chunk alone, or the first two. The reference sequence begins at another time of the
-same clip (it may overlap the target, never frame on frame).
+Loss: squared error of the x0 prediction at t drawn per chunk from the student's own times {0.999, 0.769, 0}. What one
+forward shows is a `Layout`. Pocket (`RollingWindows`): what the rolling cache shows at inference (spec 2.1), the sink,
+the previous chunk and the current chunk at rotary positions 0..6, or the first chunk alone, or the first two; the
+reference sequence begins at another time of the same clip (it may overlap the target, never frame on frame). Official
+sizes (`WholeClips`, spec 5.1): all chunks of a clip, with a window and a sink drawn from a list.
 
     python -m lipstream.training.forcing RUN --samples DIR... --codec codec.safetensors --speech speech.safetensors
+    torchrun ... -m lipstream.training.forcing RUN --recipe 14b --clips LIST ...       # see docs/training-at-scale.md
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,24 +26,26 @@ from lipstream.checkpoints.networks import load_dit
 from lipstream.diffusion.schedule import STUDENT_TIMES, add_noise
 from lipstream.models.codec import FRAMES_PER_LATENT
 from lipstream.models.dit import FLAVOURS, DiT
+from lipstream.streaming.windows import chunk_causal_frame_mask, chunk_ranges
 from lipstream.training.coded import CHUNK, STEADY, Coded, Windows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.material import Material, add_material, read_material
-from lipstream.training.mouths import GAP_PX, Errors, MouthConfig, MouthTask, Seen
+from lipstream.training.mouths import Batch, MouthConfig, MouthTask, Seen
+from lipstream.training.task import BatchT, Errors, Task, predict
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForcingConfig(MouthConfig):
-    """What stage 1 trains on.
+class Layout(NamedTuple):
+    """What one forward shows.
 
     Attributes:
-        time_odds: odds of the three student times for the current chunk.
-        solo_odds, second_odds: share of windows that are a stream's first chunk alone, and its first two chunks.
+        chunk_of: [T] number of each latent frame's chunk; -1: clean context, whose error does not count.
+        options: of `DiT.predict`: who sees whom.
+        sink_apart: the first latent frame lies anywhere before the others.
     """
 
-    time_odds: tuple[float, float, float] = (0.5, 0.35, 0.15)
-    solo_odds: float = 0.15
-    second_odds: float = 0.1
+    chunk_of: Tensor
+    options: dict[str, Any]
+    sink_apart: bool = False
 
 
 def window_layout(kind: int) -> tuple[int, Tensor]:
@@ -48,52 +53,116 @@ def window_layout(kind: int) -> tuple[int, Tensor]:
 
     0: the first chunk alone; 1: the first two chunks; 2: sink, previous and current chunk.
     """
-    chunk_of = {0: [0] * CHUNK, 1: [0] * CHUNK + [1] * CHUNK, 2: [0] + [1] * CHUNK + [2] * CHUNK}[kind]
-    group = torch.tensor(chunk_of)
-    return len(chunk_of), group[:, None] >= group[None]
+    group = _chunk_of(kind)
+    return len(group), group[:, None] >= group[None]
 
 
-class ForcingLoss:
+def _chunk_of(kind: int) -> Tensor:
+    return torch.tensor({0: [0] * CHUNK, 1: [0] * CHUNK + [1] * CHUNK, 2: [-1] + [0] * CHUNK + [1] * CHUNK}[kind])
+
+
+class ForcingTerms(Protocol):
+    """What the loss needs to know; `RollingWindows` and `WholeClips` say what."""
+
+    @property
+    def times(self) -> tuple[float, ...]: ...
+
+    @property
+    def time_odds(self) -> tuple[float, ...]: ...
+
+    @property
+    def loss_scale(self) -> float: ...
+
+    def layout(self, rng: np.random.Generator) -> Layout:
+        """Of one forward: static shapes, no padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollingWindows:
+    """Windows as the rolling cache shows them.
+
+    Attributes:
+        times, time_odds: of which each chunk draws one, and their odds.
+        solo_odds, second_odds: share of windows that are a stream's first chunk alone, and its first two chunks.
+        loss_scale: of the squared error.
+    """
+
+    times: tuple[float, ...] = STUDENT_TIMES
+    time_odds: tuple[float, ...] = (0.5, 0.35, 0.15)
+    solo_odds: float = 0.15
+    second_odds: float = 0.1
+    loss_scale: float = 1.0
+
+    def layout(self, rng: np.random.Generator) -> Layout:
+        """One of the three kinds of `window_layout`."""
+        kind = int(rng.choice(3, p=[self.solo_odds, self.second_odds, 1 - self.solo_odds - self.second_odds]))
+        return Layout(_chunk_of(kind), {"frame_mask": window_layout(kind)[1]}, sink_apart=kind == 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeClips:
+    """All chunks of a clip at once.
+
+    Attributes:
+        times, time_odds, loss_scale: as in `RollingWindows`.
+        windows: (window, sink) in latent frames, of which each forward draws one.
+        window_positions: rotary positions counted within the network's own window, as in a rollout, else over the clip.
+    """
+
+    latent_frames: int
+    times: tuple[float, ...]
+    time_odds: tuple[float, ...]
+    windows: tuple[tuple[int, int], ...]
+    window_positions: bool
+    loss_scale: float
+    chunk: int = CHUNK
+
+    def layout(self, rng: np.random.Generator) -> Layout:
+        """All latent frames, with a window from the list."""
+        window, sink = self.windows[int(rng.integers(len(self.windows)))]
+        ranges = chunk_ranges(self.latent_frames, self.chunk)
+        chunk_of = torch.tensor([number for number, (start, end) in enumerate(ranges) for _ in range(start, end)])
+        if self.window_positions:
+            return Layout(chunk_of, {"chunk_windows": True})
+        return Layout(chunk_of, {"frame_mask": chunk_causal_frame_mask(self.latent_frames, self.chunk, window, sink)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcingConfig(MouthConfig, RollingWindows):
+    """What stage 1 of the pocket model trains on."""
+
+
+class ForcingLoss(Generic[BatchT]):
     """Stage-1 loss on random windows."""
 
-    def __init__(self, model: DiT, task: MouthTask, config: ForcingConfig) -> None:
+    def __init__(self, model: DiT, task: Task[BatchT], config: ForcingTerms) -> None:
         self.model, self.task, self.config = model, task, config
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        solo, second = self.config.solo_odds, self.config.second_odds
-        # One layout a step: static shapes, no padding.
-        kind = int(self.task.windows.rng.choice(3, p=[solo, second, 1 - solo - second]))
-        latent_frames, visible = window_layout(kind)
-        target, speech, _, seen = self.task.batch(latent_frames, sink_apart=kind == 2)
-        t = self._times(kind, len(target))
+        layout = self.config.layout(self.task.rng)
+        batch = self.task.batch(len(layout.chunk_of), sink_apart=layout.sink_apart)
+        target = batch.target
+        t = self._times(layout.chunk_of, len(target)).to(target.device)
         noisy = add_noise(target, torch.randn_like(target), t)
-        x0 = self.task.predict(self.model, noisy, t, speech, seen, frame_mask=visible)
-        counted = torch.ones_like(t, dtype=torch.float32)
-        if kind == 2:
-            counted[:, 0] = 0  # the sink is context
+        x0 = predict(self.task, self.model, noisy, t, batch, **layout.options)
+        counted = (layout.chunk_of >= 0).to(target.device).expand(len(target), -1)
         errors = self.task.errors(x0, target)
-        loss = ((errors.latent + self.config.gap_weight * errors.gap) * counted).sum() / counted.sum()
-        return loss, self._metrics(errors, self.task.errors(seen.reference, target), (t > 0.9) & (counted > 0))
+        loss = self.config.loss_scale * (errors.loss * counted).sum() / counted.sum()
+        return loss, self._metrics(errors, self.task.errors(batch.reference, target), (t > 0.9) & counted)
 
-    def _times(self, kind: int, batch: int) -> Tensor:
-        odds = torch.tensor(self.config.time_odds)
-        chunks = 1 if kind == 0 else 2
-        drawn = torch.tensor(STUDENT_TIMES, dtype=torch.float64)[torch.multinomial(odds, batch * chunks, True)]
-        t = drawn.view(batch, chunks).repeat_interleave(CHUNK, 1)
-        if kind == 2:
-            t = torch.cat([torch.zeros(batch, 1, dtype=torch.float64), t], 1)
-        return t
+    def _times(self, chunk_of: Tensor, batch: int) -> Tensor:
+        """[B, T]; context is clean."""
+        chunks = int(chunk_of.max()) + 1
+        drawn = torch.multinomial(torch.tensor(self.config.time_odds), batch * chunks, True).view(batch, chunks)
+        times = torch.tensor(self.config.times, dtype=torch.float64)[drawn]
+        return torch.where(chunk_of >= 0, times[:, chunk_of.clamp(0)], 0.0)
 
     @staticmethod
     def _metrics(errors: Errors, copied: Errors, noisy: Tensor) -> dict[str, float]:
         """Errors of predictions from pure noise beside those of copying the reference."""
         if not noisy.any():
             return {}
-        return {
-            "first_call": errors.latent[noisy].mean().item(),
-            "copying": copied.latent[noisy].mean().item(),
-            "gap": errors.gap[noisy].mean().sqrt().item() * GAP_PX,
-        }
+        return errors.figures(noisy, "first_call") | {"copying": copied.latent[noisy].mean().item()}
 
 
 class Listening:
@@ -136,7 +205,8 @@ class Listening:
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         assert isinstance(model, DiT)
         seen = Seen(shut.expand(len(z), -1, -1, -1, -1), wide, reference)
-        x0 = self.task.predict(model, add_noise(z, noise, t), t, speech, seen, frame_mask=window_layout(2)[1])
+        batch = Batch(z, speech, speech, seen)
+        x0 = predict(self.task, model, add_noise(z, noise, t), t, batch, frame_mask=window_layout(2)[1])
         gaps = (self.task.lip_gap(q[:, :, -CHUNK:]).flatten() for q in (x0, z))
         return next(gaps), next(gaps)
 
@@ -159,7 +229,7 @@ def train(
     windows = Windows(material.coded, material.weights, seed=10)
     task = MouthTask(material.codec, windows, config)
     trainer = Loop([Trainee(model=model, loss=ForcingLoss(model, task, config))], loop, run)
-    windows.rng = np.random.default_rng(trainer.seed(10))  # a resumed run goes on to new draws
+    task.rng = np.random.default_rng(trainer.seed(10))  # a resumed run goes on to new draws
     evaluate = None
     if material.held:
         listening = Listening(task, material.held)
@@ -174,6 +244,10 @@ def train(
 
 def main() -> None:
     """Command line; see the module docstring."""
+    from lipstream.training import scale  # it stands on this module
+
+    if scale.asks_for_recipe():
+        return scale.main("forcing")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_material(parser)
     parser.add_argument("--steps", type=int, default=6000)

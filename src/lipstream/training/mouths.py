@@ -8,16 +8,19 @@ the only thing that can tell the mouth is the speech.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from lipstream.diffusion.guidance import null_conditions
 from lipstream.models.codec import PocketCodec, inner_lip_distance
 from lipstream.models.dit import Conditions, DiT
 from lipstream.training.coded import Windows
+from lipstream.training.task import Errors
 
 GAP_PX = 3.0  # lips part by a few crop px: the unit of the lip gap's error
 
@@ -72,16 +75,14 @@ class Batch(NamedTuple):
     heard: Tensor
     seen: Seen
 
-
-class Errors(NamedTuple):
-    """Per row and latent frame, [B, T]: weighted squared error of the latents, squared error of the lip gap."""
-
-    latent: Tensor
-    gap: Tensor
+    @property
+    def reference(self) -> Tensor:
+        """The reference sequence, [B, K, T, g, g]."""
+        return self.seen.reference
 
 
 class MouthTask:
-    """Batches from windows, and the error of a prediction."""
+    """Batches from windows, and the error of a prediction: the `task.Task` of the pocket model."""
 
     def __init__(self, codec: PocketCodec, windows: Windows, config: MouthConfig) -> None:
         self.codec, self.windows, self.config = codec, windows, config
@@ -95,6 +96,15 @@ class MouthTask:
         (top, bottom), (left, right) = c.paint_rows, c.paint_cols
         weight[c.shape_channels :, top:bottom, left:right] = 1.0
         self.weight = weight * self.mask[0, 0]
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """Draws windows, and whatever else a stage draws."""
+        return self.windows.rng
+
+    @rng.setter
+    def rng(self, rng: np.random.Generator) -> None:
+        self.windows.rng = rng
 
     def batch(self, latent_frames: int, sink_apart: bool = False) -> Batch:
         """A batch of windows of the first ``latent_frames``; speech is damaged, some of it missing."""
@@ -115,21 +125,17 @@ class MouthTask:
             Seen(self.pose_free(shut[:, None]), self.pose_free(wide[:, None]), self._references(reference)),
         )
 
-    def conditions(self, model: DiT, speech: Tensor, seen: Seen) -> Conditions:
-        """All that ``lipstream.mouth`` gives the network; speech [B, T, 4, D] goes through its audio pack."""
-        return Conditions(
+    def conditions(self, model: DiT, batch: Batch, *, null: bool = False) -> Conditions:
+        """All that ``lipstream.mouth`` gives the network; speech goes through its audio pack, ``null`` is silence."""
+        seen = batch.seen
+        conditions = Conditions(
             reference=seen.shut,
             mask=self.mask,
             masked_video=seen.wide.expand_as(seen.reference),
             ref_sequence=seen.reference,
-            audio=model.audio_proj.join(speech),
+            audio=model.audio_proj.join(batch.speech),
         )
-
-    def predict(self, model: DiT, noisy: Tensor, t: Tensor, speech: Tensor, seen: Seen, **options: Any) -> Tensor:
-        """x0 [B, K, T, g, g] of noisy latents at times t [B] or [B, T]; options go to the network."""
-        with torch.autocast("cpu", torch.bfloat16):
-            x0: Tensor = model(noisy, t, self.conditions(model, speech, seen), **options)
-        return x0.float()
+        return null_conditions(conditions, "audio") if null else conditions
 
     def pose_free(self, z: Tensor) -> Tensor:
         """[B, T, K, g, g] -> pose-free [B, K, T, g, g]."""
@@ -158,5 +164,5 @@ class MouthTask:
     def errors(self, x0: Tensor, target: Tensor) -> Errors:
         """How far x0 [B, K, T, g, g] lies from the target."""
         latent = ((x0 - target).square() * self.weight[None, :, None]).sum((1, 3, 4)) / self.weight.sum()
-        gap = (self.lip_gap(x0) - self.lip_gap(target)).square().mean(-1) / GAP_PX**2
-        return Errors(latent, gap)
+        gap = (self.lip_gap(x0) - self.lip_gap(target)).square().mean(-1)
+        return Errors(latent + self.config.gap_weight * gap / GAP_PX**2, latent, gap)

@@ -1,11 +1,13 @@
 """The teacher: a bidirectional network that denoises whole segments at any noise level (paper, "Teacher").
 
 Rectified-flow matching in the x0 view: x_t = (1 - t) x_0 + t e, loss (x0 - x_0)^2 weighted by what the velocity's error
-counts, 1 / t^2, bounded, at times of the shifted schedule (spec 3: t = 5u / (1 + 4u)). Where speech is missing (a tenth
-of the windows) it learns the null branch of guidance. A segment is 15 latent frames, five chunks of the student.
+counts, 1 / t^2. Two ways to draw times: `InverseSquare` (pocket: shifted schedule, spec 3, the weight bounded) and
+`Bell` (the official teacher, spec 5.3). Where speech is missing (a tenth of the windows) it learns the null branch of
+guidance. A segment of the pocket model is 15 latent frames, five chunks of the student.
 
     python -m lipstream.training.teacher RUN --samples DIR... --codec codec.safetensors --speech speech.safetensors \
         --start-from dit.safetensors
+    torchrun ... -m lipstream.training.teacher RUN --recipe 14b --clips LIST ...       # see docs/training-at-scale.md
 """
 
 from __future__ import annotations
@@ -14,61 +16,103 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lipstream.checkpoints.networks import load_dit
-from lipstream.diffusion.schedule import T_MAX, add_noise, shift_time
+from lipstream.diffusion.schedule import (
+    T_MAX,
+    TrainingTimes,
+    add_noise,
+    shift_time,
+    teacher_training_times,
+    x0_from_velocity,
+)
 from lipstream.models.dit import FLAVOURS, DiT
 from lipstream.training.coded import CHUNK, Coded, Windows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.material import Material, add_material, read_material
-from lipstream.training.mouths import GAP_PX, Batch, MouthConfig, MouthTask
+from lipstream.training.mouths import Batch, MouthConfig, MouthTask
+from lipstream.training.task import BatchT, Task, predict
 
 SEGMENT = 5 * CHUNK  # latent frames
 
 
+class TeacherTerms(Protocol):
+    """What the loss needs to know."""
+
+    @property
+    def latent_frames(self) -> int:
+        """Of a segment."""
+
+    def draw(self, rng: np.random.Generator, rows: int) -> TrainingTimes:
+        """Times and weights of a batch."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig(MouthConfig):
-    """What the teacher trains on.
+class InverseSquare:
+    """Times of the shifted schedule; the velocity's weight is t² / max(t, least_t)², that of x0 1 / max(t, least_t)².
 
     Attributes:
-        averaged_odds: always 1: with attention over all frames, a reference sequence that moves would give the
-            target's mouth away, shifted in time.
         noisy_odds: share of windows at t = 0.999, from which every sample starts.
         least_t: times below weigh as this one.
     """
 
-    averaged_odds: float = 1.0
+    latent_frames: int = SEGMENT
     noisy_odds: float = 0.2
     least_t: float = 0.4
 
+    def draw(self, rng: np.random.Generator, rows: int) -> TrainingTimes:
+        """Times and weights of a batch."""
+        t = shift_time(torch.from_numpy(rng.uniform(0.001, T_MAX, rows)))
+        t = torch.where(torch.from_numpy(rng.random(rows) < self.noisy_odds), T_MAX, t)
+        return TrainingTimes(t, t, (t / t.clamp(self.least_t)).square().float())
 
-class TeacherLoss:
+
+@dataclass(frozen=True, kw_only=True)
+class Bell:
+    """The official teacher's times: rows of its grid with bell-shaped weights and rounded timesteps."""
+
+    latent_frames: int
+
+    def draw(self, rng: np.random.Generator, rows: int) -> TrainingTimes:
+        """Times and weights of a batch."""
+        return teacher_training_times(torch.from_numpy(rng.integers(1000, size=rows)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(MouthConfig, InverseSquare):
+    """What the pocket teacher trains on.
+
+    Attributes:
+        averaged_odds: always 1: with attention over all frames, a reference sequence that moves would give the
+            target's mouth away, shifted in time.
+    """
+
+    averaged_odds: float = 1.0
+
+
+class TeacherLoss(Generic[BatchT]):
     """Flow matching on random segments."""
 
-    def __init__(self, model: DiT, task: MouthTask, config: TeacherConfig) -> None:
+    def __init__(self, model: DiT, task: Task[BatchT], config: TeacherTerms) -> None:
         self.model, self.task, self.config = model, task, config
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        target, speech, _, seen = self.task.batch(SEGMENT)
-        rng, batch = self.task.windows.rng, len(target)
-        t = shift_time(torch.from_numpy(rng.uniform(0.001, T_MAX, batch)))
-        noisy = torch.from_numpy(rng.random(batch) < self.config.noisy_odds)
-        t = torch.where(noisy, T_MAX, t)
-        x0 = self.task.predict(self.model, add_noise(target, torch.randn_like(target), t), t, speech, seen)
-        errors = self.task.errors(x0, target)
-        weight = t.clamp(self.config.least_t).square().reciprocal().float()
-        per_row = (errors.latent + self.config.gap_weight * errors.gap).mean(1)
-        metrics = {}
-        if noisy.any():
-            metrics = {
-                "from_noise": errors.latent[noisy].mean().item(),
-                "gap": errors.gap[noisy].mean().sqrt().item() * GAP_PX,
-            }
-        return (per_row * weight).mean(), metrics
+        batch = self.task.batch(self.config.latent_frames)
+        target = batch.target
+        t, level, weight = (part.to(target.device) for part in self.config.draw(self.task.rng, len(target)))
+        noise = torch.randn_like(target)
+        noisy = add_noise(target, noise, level)
+        # What the right velocity leads to. Where the network is told another time than the noise has (`Bell`), that is
+        # not quite the clean latents; its error is the velocity's times t.
+        aim = target if torch.equal(t, level) else x0_from_velocity(noisy, noise - target, t)
+        errors = self.task.errors(predict(self.task, self.model, noisy, t, batch), aim)
+        loss = (errors.loss.mean(1) * (weight / t.square()).float()).mean()
+        return loss, errors.figures(level >= T_MAX, "from_noise")
 
 
 class SegmentListening:
@@ -85,10 +129,11 @@ class SegmentListening:
         model = models["model"]
         assert isinstance(model, DiT)
         found = {}
-        for speaker, (target, speech, _, seen) in self.batches.items():
+        for speaker, batch in self.batches.items():
+            target = batch.target
             noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
             t = torch.full((len(target),), T_MAX, dtype=torch.float64)
-            x0 = self.task.predict(model, add_noise(target, noise, t), t, speech, seen)
+            x0 = predict(self.task, model, add_noise(target, noise, t), t, batch)
             found[f"r_{speaker}"] = round(float(gap_correlation(self.task, x0, target).mean()), 4)
         return found
 
@@ -129,7 +174,7 @@ def train(run: Path, material: Material, loop: LoopConfig, config: TeacherConfig
     windows = Windows(material.coded, material.weights, seed=20, latent_frames=SEGMENT)
     task = MouthTask(material.codec, windows, config)
     trainer = Loop([Trainee(model=model, loss=TeacherLoss(model, task, config))], loop, run)
-    windows.rng = np.random.default_rng(trainer.seed(20))  # a resumed run goes on to new draws
+    task.rng = np.random.default_rng(trainer.seed(20))  # a resumed run goes on to new draws
     trained = trainer.run(SegmentListening(task, material.held, config) if material.held else None)["model"]
     assert isinstance(trained, DiT)
     return trained
@@ -137,6 +182,10 @@ def train(run: Path, material: Material, loop: LoopConfig, config: TeacherConfig
 
 def main() -> None:
     """Command line; see the module docstring."""
+    from lipstream.training import scale  # it stands on this module
+
+    if scale.asks_for_recipe():
+        return scale.main("teacher")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_material(parser)
     parser.add_argument("--steps", type=int, default=2000)
