@@ -19,6 +19,8 @@ from lipstream.faces.canvas import CANVAS_PX, Alignment, FaceCanvas, Float
 
 _SPLAT = 2  # canvas samples per canvas px and axis when the map is inverted
 _MARGIN_PX = 6  # crop px kept around the mask when the map is inverted
+_SQUEEZED = (1.4, 2.4)  # source px per px from which, and up to which, samples give way to averages
+_SQUEEZED_SAMPLES = 8
 
 
 def _ramp(position: Float, start: float, end: float) -> Float:
@@ -70,6 +72,29 @@ def clipped_box(points: NDArray[Any], margin_px: int, size: tuple[int, int]) -> 
     if right - left < 8 or bottom - top < 8:
         return None
     return left, top, right, bottom
+
+
+def resample(image: NDArray[np.uint8], x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.uint8]:
+    """The picture [H, W, 3] at places x, y [h, w], and its average where many of its rows fall into one.
+
+    A laughing mouth that has to shut presses a row of teeth into two or three lines. Single samples of it would be saw
+    teeth that flicker from frame to frame.
+    """
+    sampled = np.asarray(cv2.remap(image, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), np.uint8)
+    along_x, along_y = np.gradient(x, axis=0), np.gradient(y, axis=0)
+    share = _ramp(np.asarray(np.hypot(along_x, along_y), np.float32), *_SQUEEZED)
+    rows, columns = share.any(1).nonzero()[0], share.any(0).nonzero()[0]
+    if not len(rows):
+        return sampled
+    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    total = np.zeros((*share[part].shape, 3), np.float32)
+    for k in range(_SQUEEZED_SAMPLES):
+        step = (k + 0.5) / _SQUEEZED_SAMPLES - 0.5
+        at_x, at_y = (np.asarray(a[part] + step * b[part], np.float32) for a, b in ((x, along_x), (y, along_y)))
+        total += cv2.remap(image, at_x, at_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    own, weight = sampled[part].astype(np.float32), share[part][..., None]
+    sampled[part] = np.clip(own + weight * (total / _SQUEEZED_SAMPLES - own) + 0.5, 0, 255).astype(np.uint8)
+    return sampled
 
 
 class Compositor:
@@ -133,10 +158,8 @@ class Compositor:
         back = alignment.inverse.astype(np.float32)
         from_x = px - (back[0, 0] * layers[..., 0] + back[0, 1] * layers[..., 1])
         from_y = py - (back[1, 0] * layers[..., 0] + back[1, 1] * layers[..., 1])
-        moved = cv2.remap(frame, from_x, from_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-        painted = cv2.remap(
-            paint, on_canvas[..., 0], on_canvas[..., 1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
-        )
+        moved = resample(frame, from_x, from_y)
+        painted = resample(paint, on_canvas[..., 0], on_canvas[..., 1])
         weight = layers[..., 2:3]
         blended = moved + weight * (painted.astype(np.float32) - moved)
         alpha = np.where(layers[..., 3] > 0.004, np.uint8(255), np.uint8(0))
