@@ -98,7 +98,7 @@ def pair_folders(videos: Path, audios: Path, out: Path, options: SyncOptions | N
     """Items of two folders: files of the same stem belong together. One speech for all: give the file itself.
 
     Raises:
-        ManifestError: a video without a speech or the other way round, two of one stem, or a result in place of an input.
+        ManifestError: a video without a speech or the other way round, two of one stem, a result in an input's place.
     """
     problems: list[str] = []
     videos, audios, out = videos.absolute(), audios.absolute(), out.absolute()
