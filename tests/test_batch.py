@@ -299,6 +299,30 @@ def test_a_model_that_cannot_be_loaded_is_told_once(tmp_path: Path) -> None:
     assert not leftovers(tmp_path)
 
 
+@dataclass(frozen=True)
+class Unlucky:
+    """A factory that fails with what no user is to blame for."""
+
+    def __call__(self, number: int) -> Worker:
+        raise RuntimeError("out of memory")
+
+
+def test_a_worker_that_cannot_load_shows_no_trace(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="3 workers in a row died while loading"):
+        run(tmp_path, jobs_in(tmp_path, 1), ProcessScheduler(1), Unlucky())
+    said = capfd.readouterr().err
+    assert "worker 0 cannot load: RuntimeError: out of memory" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("text", ['{"video": "a.mp4", "audio": "b.wav", "output": "c.mp4"}', "a note", '{"id": 1}\nx'])
+def test_what_is_no_report_is_left_as_it_is(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is not a report's"), StateFile(path, []):
+        pass
+    assert path.read_text() == text
+
+
 # ------------------------------------------------------------------------------------------ columns
 
 

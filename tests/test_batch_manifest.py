@@ -12,7 +12,7 @@ import pytest
 from lipstream.batch.manifest import ManifestError, check_inputs, pair_folders, read_manifest
 from lipstream.batch.syncing import model_of, sync_jobs
 from lipstream.cli.demo import demo_files
-from lipstream.cli.main import main
+from lipstream.cli.main import build_parser, main
 from lipstream.media.reader import VideoReader
 from lipstream.media.writer import VideoWriter
 from lipstream.options import SyncOptions
@@ -102,6 +102,8 @@ def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
         ("two.webm", "two.m4a", "two.mp4"),
     ]
     assert [i.audio.name for i in pair_folders(videos, audios / "one.wav", tmp_path)] == ["one.wav", "one.wav"]
+    with pytest.raises(ManifestError, match=r"v/one\.mov: is an input too; name another folder"):
+        pair_folders(videos, audios, videos)
     (audios / "two.m4a").unlink()
     with pytest.raises(ManifestError, match=r"two\.webm: .* has no file named two\.\*"):
         pair_folders(videos, audios, tmp_path)
@@ -117,6 +119,25 @@ def test_where_it_runs_does_not_change_what_it_makes() -> None:
         {"model": "pocket", "seed": 0, "threads": 4}
     )
     assert model_of({"model": "pocket", "seed": 0}) != model_of({"model": "pocket", "seed": 1})
+    for name in ("seed", "speech_lookahead"):  # nothing said: the official seed, the whole file
+        assert model_of({"model": "14b", name: 0}) != model_of({"model": "14b", name: None})
+
+
+def test_parity_has_its_own_seed_unless_one_is_given() -> None:
+    seeds = [build_parser().parse_args(["batch", "jobs.csv", *more]).seed for more in ([], ["--seed", "0"])]
+    assert seeds == [None, 0]
+
+
+def test_a_speakers_picture_lies_beside_the_manifest_and_is_an_input(tmp_path: Path) -> None:
+    path = manifest(tmp_path, "video,audio,output,speaker\ntalk.mp4,a b.wav,1.mp4,who.png\n")
+    with pytest.raises(ManifestError, match=r"line 2, column speaker: 'who\.png' is not a file"):
+        read_manifest(path)
+    (tmp_path / "who.png").write_bytes(b"x")
+    items = read_manifest(path)
+    assert items[0].options.speaker == str(tmp_path / "who.png")
+    before = sync_jobs(items)[0].fingerprint()
+    (tmp_path / "who.png").write_bytes(b"somebody else")
+    assert sync_jobs(items)[0].fingerprint() != before
 
 
 def test_the_command_refuses_half_a_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

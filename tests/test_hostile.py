@@ -143,6 +143,18 @@ def test_an_unfinished_file_has_no_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("system", ["with", "without"])
+def test_the_longest_name_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    """File systems count bytes: 82 letters of three and a suffix are as long as a name may be, or nearly."""
+    if system == "without":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    target = tmp_path / f"{'視' * 82}.mp4"
+    file = AtomicFile(target)
+    Path(file.name).write_text("x")
+    file.commit()
+    assert target.read_text() == "x" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("system", ["with", "without"])
 def test_named_and_nameless_files_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
     if system == "without":
         monkeypatch.delattr(os, "O_TMPFILE", raising=False)

@@ -277,6 +277,17 @@ def test_other_streams_are_carried_over(
     assert (("left out" in caplog.text) and ("webvtt" in caplog.text)) is not kept
 
 
+def test_a_source_whose_sound_nobody_knows_is_written(make: Make, tmp_path: Path) -> None:
+    data = rich(tmp_path / "a.mkv", "subrip").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(data.replace(b"A_AAC", b"A_XYZ"))
+    reader = VideoReader(tmp_path / "a.mkv")
+    with VideoWriter(tmp_path / "b.mkv", like=reader, carry=True) as writer:
+        for frame in reader:
+            writer.write(frame)
+    with open_media(tmp_path / "b.mkv") as container:
+        assert [stream.type for stream in container.streams] == ["video", "subtitle"]
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 

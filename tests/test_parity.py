@@ -36,6 +36,7 @@ from lipstream.media.reader import VideoReader
 from lipstream.media.speech import load_speech
 from lipstream.media.timeline import bounce_index
 from lipstream.models.wav2vec_windowed import WindowConfig
+from lipstream.options import SyncOptions
 from lipstream.pipeline import LipSync
 from lipstream.session import SyncedFrame
 from official_files import write_official_folder
@@ -223,6 +224,12 @@ def test_options_that_exclude_each_other() -> None:
         FullSizeOptions(parity=True, mask="built-in")
     with pytest.raises(ValueError, match="no look-ahead"):
         FullSizeOptions(parity=True, window=WindowConfig())
+
+
+def test_parity_has_one_voice(folder: Path, speech: Path) -> None:
+    lipsync = LipSync.from_pretrained(folder, parity=True)
+    with pytest.raises(ValueError, match="one voice"):
+        next(iter(lipsync.stream(CLIP, speech, options=SyncOptions(voices=(("right", str(speech)),)))))
 
 
 def test_the_official_session_needs_the_official_rows(folder: Path) -> None:

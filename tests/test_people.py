@@ -193,6 +193,43 @@ def test_what_is_not_there_is_one_clear_error(pair: Path, tmp_path: Path) -> Non
         Cast(VideoReader(alone), [parse_speaker("left"), parse_speaker("right")])
 
 
+def test_auto_is_somebody_whom_no_other_voice_named(pair: Path) -> None:
+    for named in ("left", "right"):
+        reader = VideoReader(pair)
+        cast = Cast(reader, [parse_speaker("auto"), parse_speaker(named)])
+        _, (main, second) = cast.step(next(iter(reader)))
+        assert main is not None and second is not None
+        assert (second.landmarks[1, 0] < SIDE) == (named == "left") != (main.landmarks[1, 0] < SIDE)
+
+
+def test_a_sound_that_cannot_be_heard_costs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "broken.mkv"
+    with av.open(str(path), "w") as container:
+        video, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=16_000)
+        video.width = video.height = 64
+        video.pix_fmt = "yuv420p"
+        for _ in range(25):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(video.encode(None))
+        noise = np.random.default_rng(0).normal(0, 0.1, (1, 16_000)).astype(np.float32)
+        heard = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
+        heard.sample_rate, heard.pts = 16_000, 0
+        container.mux(sound.encode(heard))
+        container.mux(sound.encode(None))
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        for packet in container.demux(container.streams.audio[0]):
+            place = data.find(bytes(packet)) if packet.size > 20 else -1
+            if place > 0:
+                data[place : place + packet.size] = b"\xff" * packet.size
+    path.write_bytes(data)
+    with pytest.raises(MediaError, match="its sound is damaged"):
+        load_speech(path)
+    assert speaking(VideoReader(path), Beginning()) is None
+    path.write_bytes(data.replace(b"A_AAC", b"A_XYZ"))
+    assert speaking(VideoReader(path), Beginning()) is None
+
+
 def test_who_speaks_is_whose_lips_move_with_the_sound(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     loud = np.repeat(rng.random(20) > 0.5, 5).astype(np.float32)  # 100 frames of on and off
@@ -399,6 +436,24 @@ def test_silence_can_show_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------ several voices
+
+
+def test_a_voice_may_change_its_rate_and_channels(tmp_path: Path) -> None:
+    path = tmp_path / "two.aac"
+    with path.open("wb") as joined:
+        for rate, layout in ((16_000, "mono"), (44_100, "stereo")):
+            part = tmp_path / f"{rate}.aac"
+            with av.open(str(part), "w", format="adts") as container:
+                stream = container.add_stream("aac", rate=rate, layout=layout)
+                quiet = np.zeros((len(stream.layout.channels), rate), np.float32)
+                sound = av.AudioFrame.from_ndarray(quiet, format="fltp", layout=layout)
+                sound.sample_rate, sound.pts = rate, 0
+                container.mux(stream.encode(sound))
+                container.mux(stream.encode(None))
+            joined.write(part.read_bytes())
+    alone = len(load_speech(path))
+    with mixed_sound((path, None), [path]) as (mix, _):
+        assert abs(len(load_speech(mix)) - alone) < 320 < alone
 
 
 def test_the_mix_is_the_sum_as_long_as_the_longest(tmp_path: Path) -> None:

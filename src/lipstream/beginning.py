@@ -18,7 +18,7 @@ from lipstream.faces.mesh import region_from_landmarks
 from lipstream.faces.people import PeopleTracker, Person
 from lipstream.faces.pose import mouth_opening
 from lipstream.media.cuts import CutDetector
-from lipstream.media.opening import open_media
+from lipstream.media.opening import MediaError, open_media, sounds
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.media.silence import levels_db
 from lipstream.media.speech import SpeechReader
@@ -81,11 +81,16 @@ def watch_beginning(reader: VideoReader, *, until_two: bool = False, seconds: fl
 
 
 def speaking(reader: VideoReader, seen: Beginning) -> int | None:
-    """Whose lips move with the sound of the video itself; None where nobody's do, or where it has no sound."""
+    """Whose lips move with the sound of the video itself; None where nobody's do, or where it has no sound
+    that can be heard."""
     with open_media(reader.path, need="video") as container:
-        if not container.streams.audio:
+        if not sounds(container):
             return None
-    samples = SpeechReader(reader.path).read(round((LOOK_SECONDS + 0.5) * MODEL_FPS) * SAMPLES_PER_MODEL_FRAME)
+    try:
+        samples = SpeechReader(reader.path).read(round((LOOK_SECONDS + 0.5) * MODEL_FPS) * SAMPLES_PER_MODEL_FRAME)
+    except MediaError as error:  # a sound that the result replaces: it must not cost the run
+        log.warning("%s, so who speaks is not known: the largest face is taken", error)
+        return None
     whole = len(samples) // SAMPLES_PER_MODEL_FRAME
     if whole < MODEL_FPS:
         return None

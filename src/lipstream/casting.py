@@ -133,8 +133,9 @@ class Cast:
         sides = any(s.kind in ("left", "right") for s in self._speakers)
         only_sides = all(s.kind in ("left", "right", "largest") for s in self._speakers)
         seen = watch_beginning(self._reader, until_two=sides and only_sides)
-        for voice, speaker in enumerate(self._speakers):
-            self._chosen[voice] = self._find(speaker, seen)
+        # "auto" comes last: it is whoever speaks of those that nobody named.
+        for voice in sorted(range(len(self._speakers)), key=lambda i: self._speakers[i].kind == "auto"):
+            self._chosen[voice] = self._find(self._speakers[voice], seen)
         taken: dict[int, Speaker] = {}
         for id, speaker in zip(self._chosen, self._speakers, strict=True):
             if id in taken:

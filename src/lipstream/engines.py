@@ -48,9 +48,11 @@ class Engine(Protocol):
 
     Attributes:
         silences: what it can do in silence; the first is its own choice.
+        joins_voices: whether several of its mouths go into one picture.
     """
 
     silences: tuple[Silence, ...]
+    joins_voices: bool
 
     def frames(
         self, reader: VideoReader, speech_samples: int, length: Length = "bounce", fit: Fit = "audio"
@@ -79,6 +81,7 @@ class CanvasEngine:
     """The small model (`lipstream.mouth`)."""
 
     silences: tuple[Silence, ...] = ("close", "source", "model")
+    joins_voices = True
 
     def __init__(self, model: MouthModel) -> None:
         self.model = model

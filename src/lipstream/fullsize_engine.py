@@ -96,6 +96,7 @@ class FullSizeEngine:
     """A loaded full-size model; see `lipstream.engines.Engine`."""
 
     silences: tuple[Silence, ...] = ("model", "source")
+    joins_voices = True
 
     def __init__(self, model: FullSizeModel, features: SpeechFeatures, window: WindowConfig | None = None) -> None:
         self.model, self.features, self.window = model, features, window

@@ -171,6 +171,8 @@ class ParityEngine(FullSizeEngine):
         anchors: makes the function that finds a face in the frames of one run; None: our mesh.
     """
 
+    joins_voices = False  # whole pictures are pasted back: the second would replace the first
+
     def __init__(
         self, model: FullSizeModel, features: SpeechFeatures, anchors: Callable[[], Anchors] | None = None
     ) -> None:

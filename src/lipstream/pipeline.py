@@ -107,6 +107,8 @@ class _Run:
     @classmethod
     def of(cls, engine: Engine, video: PathLike, audio: PathLike, options: SyncOptions) -> _Run:
         """Look at both files in a process of its own, then open them here."""
+        if options.voices and not engine.joins_voices:
+            raise ValueError("a parity run has one voice: leave out --voice")
         probed = probe(video, need="video")
         length, fit, delay_ms = options.resolved_length, options.resolved_fit, options.audio_delay_ms
         tracks = [(audio, options.audio_track), *((voice, None) for _, voice in options.voices)]

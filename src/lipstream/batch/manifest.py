@@ -13,7 +13,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lipstream.batch.columns import ColumnError, field_names, read_fields
 from lipstream.media.opening import MediaError, open_media
 from lipstream.media.writer import MUXERS
 from lipstream.options import SyncOptions
+from lipstream.speaker import parse_speaker
 
 PATHS = ("video", "audio", "output")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts")
@@ -36,6 +37,12 @@ class Item:
     output: Path
     options: SyncOptions = field(default_factory=SyncOptions)
     line: int = field(default=0, compare=False)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """All files that it reads: also the picture that names the speaker."""
+        picture = parse_speaker(self.options.speaker).path
+        return (self.video, self.audio) if picture is None else (self.video, self.audio, picture)
 
 
 class ManifestError(ValueError):
@@ -77,7 +84,9 @@ def read_manifest(path: Path) -> list[Item]:
             continue
         outputs[key] = line
         items.append(item)
-    problems += _reused(path, items)
+    for item in _reused(items):
+        text = f"'{item.output}' is an input too; name another file"
+        problems.append(f"{path}: line {item.line}, column output: {text}")
     if problems:
         raise ManifestError(problems)
     if not items:
@@ -89,7 +98,7 @@ def pair_folders(videos: Path, audios: Path, out: Path, options: SyncOptions | N
     """Items of two folders: files of the same stem belong together. One speech for all: give the file itself.
 
     Raises:
-        ManifestError: a video without a speech or the other way round, or two of one stem.
+        ManifestError: a video without a speech or the other way round, two of one stem, a result in an input's place.
     """
     problems: list[str] = []
     videos, audios, out = videos.absolute(), audios.absolute(), out.absolute()
@@ -103,10 +112,14 @@ def pair_folders(videos: Path, audios: Path, out: Path, options: SyncOptions | N
     if problems:
         raise ManifestError(problems)
     options = options or SyncOptions()
-    return [
+    items = [
         Item(video=pictures[stem], audio=speech[stem], output=out / f"{stem}{_suffix(pictures[stem])}", options=options)
         for stem in sorted(pictures)
     ]
+    eaten = _reused(items)
+    if eaten:
+        raise ManifestError([f"{item.output}: is an input too; name another folder for the results" for item in eaten])
+    return items
 
 
 def check_inputs(items: list[Item]) -> dict[Item, str]:
@@ -215,14 +228,20 @@ def _item(folder: Path, line: int, row: dict[str, Any]) -> Item:
     for name in ("video", "audio"):
         if not paths[name].is_file():
             raise ColumnError(name, f"'{row[name]}' is not a file ({paths[name]}); check the name")
-    return Item(**paths, options=read_fields(SyncOptions, row), line=line)
+    return Item(**paths, options=_placed(folder, read_fields(SyncOptions, row)), line=line)
 
 
-def _reused(path: Path, items: list[Item]) -> list[str]:
-    """Outputs that are an input: the batch would eat its own sources."""
+def _placed(folder: Path, options: SyncOptions) -> SyncOptions:
+    """The options with the speaker's picture, if one is named, where the manifest means it."""
+    picture = parse_speaker(options.speaker).path
+    if picture is None:
+        return options
+    if not (folder / picture).is_file():
+        raise ColumnError("speaker", f"'{picture}' is not a file ({folder / picture}); check the name")
+    return replace(options, speaker=str(folder / picture))
+
+
+def _reused(items: list[Item]) -> list[Item]:
+    """Items whose output is an input: the batch would eat its own sources."""
     inputs = {os.path.realpath(source) for item in items for source in (item.video, item.audio)}
-    return [
-        f"{path}: line {item.line}, column output: '{item.output}' is an input too; name another file"
-        for item in items
-        if os.path.realpath(item.output) in inputs
-    ]
+    return [item for item in items if os.path.realpath(item.output) in inputs]

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -151,6 +152,9 @@ def _work(factory: Factory, number: int, pipe: Connection, lock: Path | None) ->
         except (ValueError, OSError) as error:
             pipe.send(str(error))
             return
+        except Exception as error:  # memory, a driver: the next worker may have more luck
+            log.warning("worker %d cannot load: %s", number, " ".join(f"{type(error).__name__}: {error}".split()))
+            sys.exit(1)
         pipe.send("ready")
         while True:
             try:

@@ -22,6 +22,7 @@ from typing import IO, Any, Literal
 
 State = Literal["pending", "running", "done", "failed"]
 LOCK_PATIENCE_SECONDS = 10.0
+BEGINNING = b'{"id": '  # of every line; what begins otherwise is not ours, and must not be rewritten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ class StateFile:
 
     def _rewrite(self) -> None:
         """One line per item: those of this batch in their order, then what other batches left here."""
-        known = [*self._order, *(id for id in self.records if id not in set(self._order))]
+        known = list(dict.fromkeys([*self._order, *self.records]))
         part = self.path.with_name(f".{self.path.name}.part")
         with part.open("wb") as stream:
             stream.writelines(_line(self.records[id]) for id in known if id in self.records)
@@ -137,7 +138,8 @@ def read_report(path: Path) -> dict[str, Record]:
         try:
             record = Record(**json.loads(line))
         except (ValueError, TypeError) as error:
-            if number == len(lines):  # without its line end: cut off by a kill
+            cut_off = number == len(lines)  # without its line end: by a kill
+            if cut_off and line.startswith(BEGINNING[: len(line)]):
                 continue
             raise ValueError(
                 f"{path}: line {number} is not a report's ({error}); name another file with --report"

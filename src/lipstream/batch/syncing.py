@@ -27,7 +27,7 @@ def sync_jobs(items: Sequence[Item]) -> list[Job]:
             output=item.output,
             payload=item,
             wish=_wish(item.options),
-            inputs=(item.video, item.audio),
+            inputs=item.inputs,
             about={"line": item.line, "video": str(item.video), "audio": str(item.audio), "output": str(item.output)},
         )
         for item in items
@@ -46,7 +46,9 @@ _MATTERS = ("model", "seed", "dtype", "decoder", "mask", "speech_lookahead", "pa
 
 def model_of(loading: Mapping[str, Any]) -> str:
     """What all items of a batch share, as text: with another model or seed they are done again."""
-    return " ".join(f"{name}={loading[name]}" for name in _MATTERS if loading.get(name) not in (None, False))
+    told = {name: loading.get(name) for name in _MATTERS}
+    # By identity: a seed or a look-ahead of 0 is something else than none.
+    return " ".join(f"{name}={value}" for name, value in told.items() if value is not None and value is not False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ class AtomicFile:
         folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             # linkat follows /proc's link to the nameless file only where a folder is given; it does not replace.
-            part = f".{self._path.name[:100]}.{os.getpid()}.{self._handle}.part"
+            part = f".{_short(self._path.name)}.{os.getpid()}.{self._handle}.part"
             os.link(self.name, part, src_dir_fd=folder, dst_dir_fd=folder)
             try:
                 os.replace(part, self._path.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -80,9 +80,15 @@ class AtomicFile:
         self._handle = None
 
     def _named(self) -> str:
-        handle, name = tempfile.mkstemp(prefix=f".{self._path.stem[:100]}.", suffix=".part", dir=self._path.parent)
+        prefix = f".{_short(self._path.stem)}."
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=self._path.parent)
         os.close(handle)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         return name
+
+
+def _short(name: str) -> str:
+    """The beginning of a name: file systems count its bytes (255 at most), and a temporary one has more to say."""
+    return os.fsencode(name)[:100].decode("utf-8", "ignore")

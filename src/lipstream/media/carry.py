@@ -15,7 +15,7 @@ from typing import Any
 import av
 from av.stream import Disposition
 
-from lipstream.media.opening import open_media, picture_stream, seconds, sound_stream
+from lipstream.media.opening import open_media, picture_stream, seconds, sound_stream, sounds
 from lipstream.media.sound import AnyPacket, Feed, is_copied
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Carried:
         left: list[str] = []
         with open_media(path, need="video") as container:
             picture = picture_stream(container)
-            replaced = sound_stream(path, container) if container.streams.audio else None
+            replaced = sound_stream(path, container) if sounds(container) else None
             for stream in container.streams:
                 # MP4 keeps chapters in a stream of their own too.
                 if stream is picture or stream is replaced or (stream.type == "data" and container.chapters()):
@@ -104,7 +104,7 @@ class Carried:
     @staticmethod
     def _holds(stream: Any, container: av.container.InputContainer, muxer: str) -> bool:
         if stream.type == "audio":
-            return bool(stream.codec_context.sample_rate) and is_copied(stream, container, muxer)
+            return stream in sounds(container) and is_copied(stream, container, muxer)
         return stream.type == "subtitle" and _codec(stream) in COPIED_SUBTITLES[muxer]
 
 

@@ -40,7 +40,7 @@ def mixed_sound(first: Sound, others: Sequence[str | os.PathLike[str]]) -> Itera
 
 def _sound(path: str | os.PathLike[str], track: int | None) -> Iterator[NDArray[np.float32]]:
     """A file's sound from time 0 in blocks [2, n], stereo at MIX_RATE; missing sound is silence."""
-    resampler = av.AudioResampler(format="fltp", layout="stereo", rate=MIX_RATE)
+    resampler, shape = _resampler(), None
     given = 0
     for frame, start, count in decode_audio(path, track):
         skip = min(max(-round(start * frame.sample_rate), 0), count)
@@ -51,11 +51,22 @@ def _sound(path: str | os.PathLike[str], track: int | None) -> Iterator[NDArray[
             given += gap
             for left in range(gap, 0, -MIX_RATE):
                 yield np.zeros((2, min(left, MIX_RATE)), np.float32)
+        kind = (frame.sample_rate, frame.format.name, frame.layout.name)
+        if shape not in (None, kind):  # a file may change its rate or its channels: each stretch has its own
+            for part in resampler.resample(None):
+                given += part.samples
+                yield part.to_ndarray().astype(np.float32)
+            resampler = _resampler()
+        shape = kind
         for part in resampler.resample(cut_samples(frame, skip, count)):
             given += part.samples
             yield part.to_ndarray().astype(np.float32)
     for part in resampler.resample(None):
         yield part.to_ndarray().astype(np.float32)
+
+
+def _resampler() -> av.AudioResampler:
+    return av.AudioResampler(format="fltp", layout="stereo", rate=MIX_RATE)
 
 
 class _Reader:

@@ -160,7 +160,7 @@ def _check_streams(path: str | os.PathLike[str], container: InputContainer, need
     video = picture_stream(container)
     if need == "video" and video is None:
         raise MediaError(path, "has no video stream", "give a file with a picture")
-    if need == "audio" and not _sounds(container):
+    if need == "audio" and not sounds(container):
         raise MediaError(path, "has no audio stream", "give a file with speech")
     if need == "video" and video is not None and not 0 < video.width * video.height <= limits.pixels:
         size = f"{video.width}x{video.height}"
@@ -169,7 +169,8 @@ def _check_streams(path: str | os.PathLike[str], container: InputContainer, need
         )
 
 
-def _sounds(container: InputContainer) -> list[AudioStream]:
+def sounds(container: InputContainer) -> list[AudioStream]:
+    """The sounds that can be decoded."""
     return [s for s in container.streams.audio if s.codec_context is not None and s.codec_context.sample_rate]
 
 
@@ -179,13 +180,13 @@ def sound_stream(path: str | os.PathLike[str], container: InputContainer, track:
     Raises:
         MediaError: there is no such track.
     """
-    sounds = _sounds(container)
+    known = sounds(container)
     if track is None:
-        marked = [s for s in sounds if s.disposition & Disposition.default]
-        return (marked or sounds)[0]
-    if not 1 <= track <= len(sounds):
-        raise MediaError(path, f"has no audio track {track}", f"choose one of 1 to {len(sounds)}")
-    return sounds[track - 1]
+        marked = [s for s in known if s.disposition & Disposition.default]
+        return (marked or known)[0]
+    if not 1 <= track <= len(known):
+        raise MediaError(path, f"has no audio track {track}", f"choose one of 1 to {len(known)}")
+    return known[track - 1]
 
 
 def picture_stream(container: InputContainer) -> VideoStream | None:
