@@ -20,7 +20,8 @@ from lipstream.faces.canvas import CANVAS_PX, Alignment, FaceCanvas, Float
 _SPLAT = 2  # canvas samples per canvas px and axis when the map is inverted
 _MARGIN_PX = 6  # crop px kept around the mask when the map is inverted
 _SQUEEZED = (1.4, 2.4)  # source px per px from which, and up to which, samples give way to averages
-_SQUEEZED_SAMPLES = 8
+_SQUEEZED_SAMPLES = 12
+_SQUEEZED_REACH = (5, 3)  # px, rows and columns
 
 
 def _ramp(position: Float, start: float, end: float) -> Float:
@@ -81,11 +82,16 @@ def resample(image: NDArray[np.uint8], x: NDArray[Any], y: NDArray[Any]) -> NDAr
     teeth that flicker from frame to frame.
     """
     sampled = np.asarray(cv2.remap(image, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), np.uint8)
-    along_x, along_y = np.gradient(x, axis=0), np.gradient(y, axis=0)
-    share = _ramp(np.asarray(np.hypot(along_x, along_y), np.float32), *_SQUEEZED)
-    rows, columns = share.any(1).nonzero()[0], share.any(0).nonzero()[0]
+    along_x, along_y = (np.asarray(np.gradient(a, axis=0), np.float32) for a in (x, y))
+    length = np.hypot(along_x, along_y)
+    # A press is a leap of the map between two rows: its neighbours show what lies at its ends.
+    pressed = cv2.dilate(length, np.ones(_SQUEEZED_REACH, np.uint8))
+    share = _ramp(np.asarray(pressed, np.float32), *_SQUEEZED)
+    rows, columns = np.flatnonzero(share.any(1)), np.flatnonzero(share.any(0))
     if not len(rows):
         return sampled
+    longer = np.asarray(pressed / np.maximum(length, 0.1), np.float32)
+    along_x, along_y = along_x * longer, along_y * longer
     part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     total = np.zeros((*share[part].shape, 3), np.float32)
     for k in range(_SQUEEZED_SAMPLES):
