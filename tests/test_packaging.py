@@ -119,3 +119,25 @@ def test_notice_names_every_third_party_asset() -> None:
 def test_readme_first_screen_has_the_two_commands() -> None:
     screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
     assert "make demo" in screen and "make test" in screen and "docs/contact.png" in screen
+
+
+def test_what_readme_installs_is_enough_for_the_commands() -> None:
+    """Every command's own modules load without the packages of the extras."""
+    program = """
+import importlib, pkgutil, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"numba", "hibari", "onnx", "onnxruntime", "matplotlib", "peft", "transformers",
+                                      "huggingface_hub", "ray", "diffusers"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+import lipstream
+for name in ("personal", "training.ablation_workers", "training.distill", "training.teacher", "training.syncnet",
+             "analysis.pocket", "analysis.study", "batch.run", "batch.syncing", "data.prepare.work",
+             "evaluation.torture", "evaluation.torture_faces", "fullsize_engine", "pipeline"):
+    importlib.import_module("lipstream." + name)
+for module in pkgutil.iter_modules(importlib.import_module("lipstream.cli").__path__):
+    importlib.import_module("lipstream.cli." + module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]

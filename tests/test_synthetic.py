@@ -76,7 +76,7 @@ def test_missing_extra_is_one_line_with_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(requirements, "_MODULES", ("a_module_that_is_not_there",))
-    with pytest.raises(MissingRequirementError, match=r"pip install 'lipstream\[synth\]'"):
+    with pytest.raises(MissingRequirementError, match=r"pip install '\.\[synth\]'"):
         check_requirements()
     parser = argparse.ArgumentParser()
     data_command.add_parser(parser.add_subparsers())

@@ -279,7 +279,7 @@ def no_face(path: str | os.PathLike[str], where: str, best_score: float) -> Medi
     """The error for a video without any face."""
     return MediaError(
         path,
-        f"shows no face {where}; the most face-like thing scores {best_score:.2f}, a face 0.50 or more",
+        f"shows no face {where}; the most face-like thing scores {best_score:.2f} of 1 and has no face's features",
         "use a video of a talking person, seen from the front (drawn characters and animals are not supported)",
     )
 

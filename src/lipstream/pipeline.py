@@ -84,11 +84,12 @@ class SyncReport:
 
 @dataclass
 class _Clock:
-    """Busy time per stage and time to the first frame of one run."""
+    """Busy time per stage and time to the first frame of one run, and who speaks in it."""
 
     started: float = field(default_factory=time.perf_counter)
     first: float | None = None
     stages: dict[str, float] = field(default_factory=dict)
+    voices: Voices | None = None
 
     def add(self, stage: str, since: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - since
@@ -264,8 +265,12 @@ class LipSync:
                         if gaps and gaps[-1][1] == frames - 1
                         else [*gaps, (frames - 1, frames)]
                     )
-            if not synced:
+            mute = clock.voices.mute if clock.voices else []
+            if not synced and not (all(mute) and run.cast.anybody):
                 raise no_speaker(video, frames, run.cast)
+        for sound, silent in zip((audio, *(voice for _, voice in options.voices)), mute, strict=True):
+            if silent:
+                log.warning("%s: no speech in it, only silence or noise: the lips say nothing", sound)
         seconds = time.perf_counter() - clock.started
         return SyncReport(
             output=Path(output),
@@ -296,6 +301,7 @@ class LipSync:
         ahead_frames = queue_frames(source.reader)
         reads = [speech.read for speech in run.speeches]
         session = Voices(self.engine, run.cast, reads, source.reader.time_base, self.seed, run.options)
+        clock.voices = session
 
         def observed() -> Iterator[Looked]:
             for frame in source:

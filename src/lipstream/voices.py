@@ -48,6 +48,7 @@ def manner_of(engine: Engine, options: SyncOptions, ears: SpeechEars) -> Manner:
 class _Voice:
     observer: Any
     session: TakeSession[Any, Any, Any]
+    ears: SpeechEars
     ready: deque[SyncedFrame]
 
 
@@ -75,7 +76,12 @@ class Voices:
         for read in reads:
             ears = SpeechEars(read)
             session = engine.session(time_base, engine.rows(ears.read), seed, manner_of(engine, options, ears))
-            self._voices.append(_Voice(engine.observer(cast.video), session, deque()))
+            self._voices.append(_Voice(engine.observer(cast.video), session, ears, deque()))
+
+    @property
+    def mute(self) -> list[bool]:
+        """Of every voice: whether there was no speech in it (unknown, and False, for silence "model")."""
+        return [voice.ears.mute for voice in self._voices]
 
     def look(self, frame: SourceFrame) -> Looked:
         """First half: find the faces in a frame; frames come in order of time."""

@@ -34,7 +34,7 @@ def _new_figure(columns: int, rows: int, title: str) -> tuple[Any, Any]:
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise ValueError("drawing the figures needs matplotlib: run  pip install 'lipstream[analysis]'") from error
+        raise ValueError("drawing the figures needs matplotlib: run  pip install '.[analysis]'") from error
     figure = figures.Figure(figsize=(5.2 * columns, 3.3 * rows), layout="constrained")  # no pyplot: no global state
     figure.suptitle(title, fontsize=10)
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster: `pip install 'lipstream[ray]'`.
+"""Jobs on a Ray cluster: `pip install '.[ray]'`.
 
 Without an address Ray runs embedded on this machine, with as many worker processes as wished. On a cluster, all
 machines must see the input and output files under the same names (a shared folder) and have lipstream installed.
@@ -63,7 +63,7 @@ class RayScheduler:
         try:
             import ray
         except ImportError:
-            raise ValueError("Ray is not installed; pip install 'lipstream[ray]', or leave out --ray") from None
+            raise ValueError("Ray is not installed; pip install '.[ray]', or leave out --ray") from None
         self._ray: Any = ray
         self._workers, self._gpus = workers, gpus
         self._own = not ray.is_initialized()

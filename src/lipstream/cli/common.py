@@ -246,7 +246,7 @@ def summary(report: SyncReport) -> str:
     synced = f"{report.synced_frames} of {report.frames} frames synced"
     parts = [f"{synced} in {report.seconds:.1f} s ({report.fps:.1f} frames/s)"]
     if report.passed_through:
-        parts.append(f"no face, unchanged: {_spans(report)}")
+        parts.append(f"left unchanged: {_spans(report)}")
     return f"{report.output}: {'; '.join(parts)}; model {report.model}"
 
 

@@ -219,15 +219,19 @@ def _speed(args: argparse.Namespace) -> int:
 
 def _torture(args: argparse.Namespace) -> int:
     from lipstream.cli.demo import demo_files
+    from lipstream.data.synthetic.requirements import MissingRequirementError
     from lipstream.evaluation.torture import as_markdown, cases, run_cases
 
     chosen, outcomes = cases(args.only, long=args.long), []
     silence_tflite()
     with demo_files() as (clip, speech):
-        for outcome in run_cases(_load(args), chosen, clip, speech):
-            outcomes.append(outcome)
-            state = "kept" if outcome.kept else "BROKEN"
-            print(f"{outcome.name}: {state} ({outcome.seconds:.1f} s): {outcome.found}", flush=True)
+        try:
+            for outcome in run_cases(_load(args), chosen, clip, speech):
+                outcomes.append(outcome)
+                state = "kept" if outcome.kept else "BROKEN"
+                print(f"{outcome.name}: {state} ({outcome.seconds:.1f} s): {outcome.found}", flush=True)
+        except MissingRequirementError as error:
+            raise UsageError(f"a case draws people: {error}") from error
     broken = sum(not outcome.kept for outcome in outcomes)
     print(f"\n{as_markdown(outcomes)}\n\n{len(outcomes) - broken} of {len(outcomes)} promises kept")
     _write(args.json, [asdict(outcome) for outcome in outcomes])

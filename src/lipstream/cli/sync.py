@@ -6,6 +6,7 @@ $ lipstream sync talk.mp4 speech.wav -o out.mp4
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -153,8 +154,18 @@ def sync_options(args: argparse.Namespace) -> SyncOptions:
 
 def check_output(output: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
     """Refuse to overwrite an input, or anything else without `--force`."""
+    from lipstream.media.writer import MUXERS
+
+    if output.parent.exists() and not output.parent.is_dir():
+        raise UsageError(f"{output}: {output.parent} is a file, not a folder; name another place")
     if not output.parent.is_dir():
         raise UsageError(f"{output}: the folder {output.parent} does not exist; create it or name another")
+    if output.is_dir():
+        raise UsageError(f"{output}: is a folder; name a file in it, like {output / 'out.mp4'}")
+    if output.suffix.lower() not in MUXERS:
+        raise UsageError(f"{output}: has an unknown output type '{output.suffix}'; end the name in {', '.join(MUXERS)}")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"{output}: the folder {output.parent} cannot be written; choose another one")
     if not output.exists():
         return
     if any(path.exists() and output.samefile(path) for path in inputs):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from lipstream.data.synthetic.requirements import MissingRequirementError
 from lipstream.evaluation.speed import write_wav
 from lipstream.media.speech import load_speech
 from lipstream.media.timeline import SPEECH_RATE
@@ -147,6 +148,8 @@ def run_cases(lipsync: LipSync, chosen: Iterable[Case], clip: Path, speech: Path
                 found, kept = item.run(bench), True
             except Broken as broken:
                 found, kept = str(broken), False
+            except MissingRequirementError:
+                raise  # nothing was tried, so no promise is broken
             except Exception as error:
                 found, kept = f"{type(error).__name__}: {error}", False
             finally:

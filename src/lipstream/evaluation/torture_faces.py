@@ -64,11 +64,12 @@ def write_speech(path: Path, seconds: float, silent: Sequence[tuple[float, float
 @cache
 def _acting(seed: int, frames: int, yaws: tuple[float, ...] = ()) -> tuple[list[Image], list[NDArray[np.float32]]]:
     """A person who opens and closes the mouth all the time: pictures and coverage."""
-    from lipstream.data.synthetic.basis import load_basis
     from lipstream.data.synthetic.requirements import check_requirements
-    from lipstream.data.synthetic.stage import Actor
 
     check_requirements()
+    from lipstream.data.synthetic.basis import load_basis
+    from lipstream.data.synthetic.stage import Actor
+
     actor = Actor(load_basis(), seed, SIDE)
     pictures, covers = [], []
     for i in range(frames):

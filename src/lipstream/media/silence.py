@@ -68,6 +68,12 @@ class SpeechEars:
         self._run = 0  # silent frames in a row that end at _decided
         self._last_silent = True
         self._loud: float | None = None  # level of the loud parts, dB
+        self._spoken = 0  # model frames with speech
+
+    @property
+    def mute(self) -> bool:
+        """Whether all that was asked for so far (at least something) is silent."""
+        return self._decided > 0 and not self._spoken
 
     def read(self, samples: int) -> Float:
         """The next samples of the speech, fewer at its end."""
@@ -135,6 +141,7 @@ class SpeechEars:
         level = self._levels[at - self._first]
         silent = level < max(limit + (HYSTERESIS_DB if self._last_silent else 0.0), NOTHING_DB)
         self._last_silent = silent
+        self._spoken += not silent
         self._run = self._run + 1 if silent else 0
         self._silent.append(silent and self._run >= SHORTEST)
         if self._run == SHORTEST:  # the frames before it belong to the same silence

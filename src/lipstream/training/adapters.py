@@ -60,7 +60,7 @@ def add_lora(dit: DiT, recipe: LoraRecipe) -> DiT:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
     except ImportError as error:
-        raise ValueError("adapters need peft: pip install 'lipstream[train]'") from error
+        raise ValueError("adapters need peft: pip install '.[train]'") from error
     if any(".lora_A." in name for name, _ in dit.named_parameters()):
         raise ValueError("this network has LoRA factors already")
     if any(".qkv." in name for name, _ in dit.named_parameters()):

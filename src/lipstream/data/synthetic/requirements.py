@@ -17,7 +17,7 @@ def check_requirements() -> None:
     """Raise `MissingRequirementError` unless the `synth` extra, flite and espeak-ng are installed."""
     missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingRequirementError(f"synthetic heads need {', '.join(missing)}: run  pip install 'lipstream[synth]'")
+        raise MissingRequirementError(f"synthetic heads need {', '.join(missing)}: run  pip install '.[synth]'")
     programs = [] if shutil.which("flite") else ["flite"]
     try:
         ctypes.CDLL("libespeak-ng.so.1")
