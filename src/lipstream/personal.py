@@ -95,7 +95,7 @@ def personalize(
     keep_anyway: bool = False,
     tell: Tell = lambda stage, done, total: None,
 ) -> PersonalReport:
-    """Fine-tune the small model on one person and write a model folder; an unfinished run is gone on with.
+    """Fine-tune the small model on one person and write a model folder; an unfinished run is continued.
 
     Args:
         videos: of one person who speaks, with their own sound; their order is that of time, the end is held out.

@@ -30,8 +30,8 @@ UNHEARD_R = 0.1  # do-nothing scores about 0
 DESCRIPTION = (
     "Fine-tune the small model on one person who speaks in VIDEO (8 s at least, a minute is better, the first 3 "
     "minutes count) and write a model folder for `lipstream sync --model FOLDER`. The last quarter is not trained on: "
-    "there the model is judged before and after. Where it did not help, the folder gets the general weights. A stopped "
-    "run is gone on with by the same command."
+    "there the model is judged before and after. Where it did not help, the folder gets the general weights. The same "
+    "command continues a stopped run."
 )
 
 
