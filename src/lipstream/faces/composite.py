@@ -19,7 +19,7 @@ from lipstream.faces.canvas import CANVAS_PX, Alignment, FaceCanvas, Float
 
 _SPLAT = 2  # canvas samples per canvas px and axis when the map is inverted
 _MARGIN_PX = 6  # crop px kept around the mask when the map is inverted
-_SQUEEZED = (1.4, 2.4)  # source px per px from which, and up to which, samples give way to averages
+_SQUEEZED = (2.2, 4.0)  # source px per px from which, and up to which, samples give way to averages
 _SQUEEZED_SAMPLES = 12
 _SQUEEZED_REACH = (5, 3)  # px, rows and columns
 
