@@ -82,6 +82,8 @@ def resample(image: NDArray[np.uint8], x: NDArray[Any], y: NDArray[Any]) -> NDAr
     teeth that flicker from frame to frame.
     """
     sampled = np.asarray(cv2.remap(image, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), np.uint8)
+    if max(np.abs(np.diff(a, axis=0)).max() for a in (x, y)) < _SQUEEZED[0]:
+        return sampled  # most frames: nothing is pressed
     along_x, along_y = (np.asarray(np.gradient(a, axis=0), np.float32) for a in (x, y))
     length = np.hypot(along_x, along_y)
     # A press is a leap of the map between two rows: its neighbours show what lies at its ends.
