@@ -45,6 +45,7 @@ class Recipe:
     beta: float = 10.0
     times: tuple[float, ...] = STUDENT_TIMES
     defective_gradients: bool = False
+    window: tuple[float, float] = (0.556, 0.882)
     lr: float = 2e-6
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 #: MODULE:FUNCTION that takes the options' remaining arguments and gives (train, measure).
 WORKERS = "lipstream.training.ablation_workers:ablation_workers"
-NAMES = ("guidance", "reward", "steps", "landing", "systems", "gradients")  # of the tables; a test compares them
+#: Of the tables; a test compares them.
+NAMES = ("guidance", "reward", "steps", "landing", "systems", "derived", "gradients")
 
 
 def add_parser(subparsers: Any) -> None:

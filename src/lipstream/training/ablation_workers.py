@@ -7,7 +7,9 @@ network alone, in batches. The budget is a JSON file:
 
     {"samples": ["runs/samples/grid"], "codec": "codec.safetensors", "speech": "speech.safetensors",
      "student": "dit.safetensors", "teacher": "teacher.safetensors", "syncnet": "syncnet.safetensors",
-     "cache": "runs/coded", "steps": 600, "batch": 8, "scale": 2.5}
+     "cache": "runs/coded", "steps": 600, "batch": 8, "scale": 2.5, "changes": {"student_lr": 2e-4}}
+
+``changes`` are fields of the stage's `DistillConfig` that all rows share; a row's own changes come after them.
 
     lipstream ablate guidance -o runs/ablations --seeds 0 1 --config budget.json
 """
@@ -17,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ class Budget:
     batch: int = 8
     scale: float = DistillConfig.scale
     threads: int = 1
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path | None) -> Budget:
@@ -69,7 +72,8 @@ class Budget:
         except (OSError, ValueError) as error:
             raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
+        needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+        missing = [name for name in needed if name not in given]
         if missing or set(given) - set(fields):
             unknown = sorted(set(given) - set(fields))
             raise ValueError(f"{file}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
@@ -79,6 +83,9 @@ class Budget:
         if absent:
             raise ValueError(f"{file}: {absent[0]} does not exist")
         cache = Path(given["cache"]) if given.get("cache") else None
+        no_field = sorted(set(given.get("changes", {})) - {field.name for field in dataclasses.fields(DistillConfig)})
+        if no_field:
+            raise ValueError(f"{file}: changes names {no_field[0]!r}, which is no field of DistillConfig")
         return cls(**{**given, **paths, "samples": tuple(map(Path, given["samples"])), "cache": cache})
 
 
@@ -87,7 +94,7 @@ class Workers:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.config = DistillConfig(batch=budget.batch, scale=budget.scale)
+        self.config = DistillConfig(**{"batch": budget.batch, "scale": budget.scale, **_tuples(budget.changes)})
 
     @cached_property
     def material(self) -> Material:
@@ -159,6 +166,11 @@ def sample_teacher(teacher: DiT, task: MouthTask, batch: Batch, scale: float, se
         Teacher(network=network, conditions=conditions, null=silent), noise, scale, teacher_times(steps)
     )
     return last.x0
+
+
+def _tuples(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists only; a recipe's fields are tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
 
 
 def _mean(found: dict[str, float], key: str) -> float:

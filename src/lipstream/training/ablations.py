@@ -104,6 +104,8 @@ def _student(
 
 #: The 4-step list of the Self Forcing baseline and of the reference's older recipe (spec 3): shifted quarters.
 FOUR_CALLS = (0.999, 0.937, 0.833, 0.624, 0.0)
+#: What `lipstream analyze` derived for the pocket teacher at scale 2.5 on 30 clips (docs/analysis.md).
+POCKET_WINDOW, POCKET_LANDING = (0.093, 0.737), 44
 _PAPER_ALL, _PAPER_WINDOW = _paper(7.13, 7.85, 138.32, 0.916), _paper(6.81, 7.85, 119.88, 0.920)
 _PAPER_25 = _paper(6.95, 7.85, 124.57, 0.926)
 
@@ -162,6 +164,15 @@ TABLES: dict[str, Table] = {
             ),
             Row(name="stage 1 only", role="stage1"),
             _student("Lip Forcing, 2 calls", (("FPS", 31.58), *_paper(6.88, 7.93, 118.86, 0.919)), reward=True),
+        ),
+    ),
+    "derived": Table(
+        title="The paper's window and landing against those that `lipstream analyze` gave for the pocket teacher",
+        reference="the paper's",
+        rows=(
+            _student("the paper's"),
+            _student("derived window", window=POCKET_WINDOW),
+            _student("derived window and landing", window=POCKET_WINDOW, times=student_times(0, POCKET_LANDING)),
         ),
     ),
     "gradients": Table(
