@@ -66,6 +66,7 @@ class SyncReport:
         passed_through: half-open ranges of frames that were left as they were because no face was found.
         stage_seconds: busy wall time of each stage (they overlap).
         first_frame_seconds: from the start of the run to its first finished frame.
+        copied_frames: how many frames were taken over from the source without encoding (option `copy_unchanged`).
     """
 
     output: Path
@@ -76,6 +77,7 @@ class SyncReport:
     stage_seconds: dict[str, float]
     model: str
     first_frame_seconds: float
+    copied_frames: int = 0
 
     @property
     def fps(self) -> float:
@@ -249,13 +251,14 @@ class LipSync:
                 quality=options.quality,
                 crf=options.crf,
                 carry=True,
+                copy_unchanged=options.copy_unchanged,
             ) as writer,
             # Closed at once, also when writing fails: a kept traceback must not keep the threads running.
             closing(self._frames(run, progress, clock)) as made,
         ):
             for done in made:
                 since = time.perf_counter()
-                writer.write(done.frame)
+                writer.write(done.frame, unchanged=not done.synced)
                 clock.add("write", since)
                 frames += 1
                 synced += done.synced
@@ -281,6 +284,7 @@ class LipSync:
             stage_seconds={k: round(v, 3) for k, v in clock.stages.items()},
             model=self.name,
             first_frame_seconds=clock.first or seconds,
+            copied_frames=writer.copied_frames,
         )
 
     def stream(
