@@ -24,6 +24,7 @@ from lipstream.casting import Cast, no_speaker, speakers_of
 from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
+from lipstream.media.isolated import IsolatedReader
 from lipstream.media.mix import mixed_sound
 from lipstream.media.opening import MediaError
 from lipstream.media.plan import Plan
@@ -122,7 +123,7 @@ class _Run:
             if not count:
                 raise MediaError(sound, "its sound has no samples", "use a file with speech in it, and no larger delay")
             samples = max(samples, count)
-        reader = VideoReader(video)
+        reader = IsolatedReader(video) if options.isolate else VideoReader(video)
         source = engine.frames(reader, samples, length, fit)
         return cls(
             source=source,
@@ -326,7 +327,7 @@ class LipSync:
                 yield from session.finish()
 
         done = 0
-        with Ahead(generated(), ahead_frames, "mouths") as frames:
+        with source.reader, Ahead(generated(), ahead_frames, "mouths") as frames:
             for frame in frames:
                 if clock.first is None:
                     clock.first = time.perf_counter() - clock.started

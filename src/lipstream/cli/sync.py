@@ -102,6 +102,11 @@ def add_sync_options(parser: argparse.ArgumentParser) -> None:
         help="do not encode stretches of the picture in which nothing changed (no face, or silence with --silence "
         "source): copy them from VIDEO, bit for bit; for 8-bit H.264 in mp4, mov and mkv",
     )
+    parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="decode all of VIDEO in a process with limits, not only its beginning: for files from strangers",
+    )
     add_speech(parser)
 
 
@@ -152,6 +157,7 @@ def sync_options(args: argparse.Namespace) -> SyncOptions:
         quality=args.quality,
         crf=args.crf,
         copy_unchanged=args.copy_unchanged,
+        isolate=args.isolate,
         speaker=args.speaker,
         voices=tuple(args.voice),
         strength=args.strength,
