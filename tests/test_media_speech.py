@@ -101,27 +101,25 @@ def test_windows_are_slices(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="are gone"):
         window.read(10_000, 11_000)
     assert np.array_equal(load_speech(path, 1234), whole[:1234]) and load_speech(path, 10**6).size == whole.size
-    with pytest.raises(MediaError, match="holds no sound"):
-        load_speech(wav(tmp_path / "b.wav", 16000, 1, 0.0), 1000)
 
 
 def test_memory_does_not_grow_with_the_sound(tmp_path: Path) -> None:
     """Stretches all over a long sound, and the beginning of one: as `prepare` and `personalize` read."""
     peaks = []
-    for minutes in (1, 8):
-        path = tmp_path / f"{minutes}.wav"
+    for seconds in (24, 96):
+        path = tmp_path / f"{seconds}.wav"
         with wave.open(str(path), "wb") as out:
             out.setnchannels(1)
             out.setsampwidth(2)
             out.setframerate(16_000)
-            for _ in range(60 * minutes):
+            for _ in range(seconds):
                 out.writeframes(np.arange(16_000, dtype="<i2").tobytes())
         tracemalloc.start()
         try:
-            window = SpeechWindow(path, 80_000)
-            for second in range(0, 60 * minutes - 5, 20):
+            window = SpeechWindow(path, 16_000)
+            for second in range(0, seconds - 5, 6):
                 assert window.read(16_000 * second, 16_000 * (second + 4)).size == 64_000
-            assert load_speech(path, 500_000).size == 500_000
+            assert load_speech(path, 200_000).size == 200_000
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()

@@ -252,6 +252,7 @@ class LipSync:
                 quality=options.quality,
                 crf=options.crf,
                 carry=True,
+                repeats=run.plan.timeline.fills,
                 copy_unchanged=options.copy_unchanged,
             ) as writer,
             # Closed at once, also when writing fails: a kept traceback must not keep the threads running.

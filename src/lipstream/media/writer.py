@@ -28,6 +28,7 @@ from lipstream.media.atomic import AtomicFile
 from lipstream.media.carry import Carried
 from lipstream.media.encoder import Quality, encoder_for
 from lipstream.media.opening import MediaError, open_media, picture_stream, seconds
+from lipstream.media.planes import bit_depth
 from lipstream.media.probe import frame_times
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.media.sound import AnyPacket, Feed, SoundTrack
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 MUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 TICK = Fraction(1, 1000)  # Matroska's clock
+SMALLEST_DEEP = 16  # pixels either way; x265 takes no smaller picture
 
 
 class VideoWriter:
@@ -50,6 +52,7 @@ class VideoWriter:
         quality: preset of the encoder; see `encoder.PRESETS`.
         crf, preset: instead of the quality's own.
         carry: take over what the source has besides picture and speech; see `Carried`.
+        repeats: the source's pictures are repeated; what is carried is not, and a warning says so.
         copy_unchanged: take stretches in which nothing changed over from the source, where it can be done; see
             `Splice`.
         threads: encoder threads, 0 = one per core.
@@ -67,6 +70,7 @@ class VideoWriter:
         crf: int | None = None,
         preset: str | None = None,
         carry: bool = False,
+        repeats: bool = False,
         copy_unchanged: bool = False,
         threads: int = 0,
     ) -> None:
@@ -80,6 +84,7 @@ class VideoWriter:
             raise MediaError(path, f"has an unknown output type '{self.path.suffix}'", f"end the name in {known}")
         if self.path.is_dir():
             raise MediaError(path, "is a folder", "name an output file in it")
+        _check_size(like)
         self._muxer = MUXERS[self.path.suffix.lower()]
         self._like = like
         self._end = Fraction(0)  # when the last written frame stops showing, from the first frame
@@ -105,7 +110,11 @@ class VideoWriter:
             if audio is not None:
                 self._tracks.append(SoundTrack(audio, self._container, self._muxer, track=track, delay_ms=delay_ms))
             if carry:
-                self._tracks.append(Carried(like.path, self._container, self._muxer))
+                carried = Carried(like.path, self._container, self._muxer)
+                self._tracks.append(carried)
+                if repeats and carried.kinds:
+                    kept = ", ".join(carried.kinds)
+                    logger.warning("%s: its pictures are repeated; this plays once: %s", like.path, kept)
             self._feeds: list[_Side] = []
             self.frames_written = 0
         except BaseException as error:
@@ -320,6 +329,17 @@ class VideoWriter:
             return MediaError(self.path, f"cannot be written (no permission in {folder})", "choose another folder")
         reason = getattr(error, "strerror", None) or str(error)
         return MediaError(self.path, f"cannot be written ({reason})", "check the disk and the folder")
+
+
+def _check_size(like: VideoReader) -> None:
+    """MediaError where the encoder of deep pictures would only say "invalid argument"."""
+    bits, (width, height) = bit_depth(like.pix_fmt), like.stored_size
+    if bits > 8 and min(width, height) < SMALLEST_DEEP:
+        raise MediaError(
+            like.path,
+            f"has pictures of {width}x{height} pixels with {bits} bits, too small for H.265",
+            f"scale it to at least {SMALLEST_DEEP}x{SMALLEST_DEEP} or convert it to 8 bits",
+        )
 
 
 class _Side:
