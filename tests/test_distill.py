@@ -19,7 +19,7 @@ from lipstream.training.loop import LoopConfig
 from lipstream.training.material import Material
 from lipstream.training.mouths import MouthTask
 from lipstream.training.teacher import SEGMENT, SegmentListening, TeacherConfig, TeacherLoss
-from tiny import coded_clips, tiny_codec, tiny_dit
+from tiny import assert_learns, coded_clips, tiny_codec, tiny_dit
 
 FRAMES = 72  # room for a segment of 57 frames and another start
 
@@ -46,15 +46,7 @@ def test_teacher_learns(material: Material) -> None:
     task, model = task_of(material, config), tiny_dit(material.codec)
     loss = TeacherLoss(model, task, config)
     before = SegmentListening(task, material.held, config)({"model": model})
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    losses = []
-    for step in range(60):
-        value, _ = loss(step)
-        optimiser.zero_grad()
-        value.backward()
-        optimiser.step()
-        losses.append(value.item())
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert_learns(model, loss)
     after = SegmentListening(task, material.held, config)({"model": model})
     assert after["r_synth"] > max(0.3, before["r_synth"])
 
