@@ -90,6 +90,23 @@ def test_only_the_exit_call_has_a_gradient(material: Material, exit_call: int) -
     assert torch.equal(*same)
 
 
+def test_defective_gradients_are_an_option_of_the_rollout(material: Material) -> None:
+    """Same samples, other gradients of the blocks."""
+    task = task_of(material, DistillConfig(batch=2))
+    batch = task.batch(SEGMENT)
+    made: dict[bool, tuple[Tensor, Tensor]] = {}
+    for defective in (False, True):
+        student = tiny_dit(material.codec)
+        generator = torch.Generator().manual_seed(0)
+        x0 = roll_out(student, task, batch, exit_call=1, generator=generator, defective_gradients=defective)
+        x0.square().mean().backward()
+        gradient = student.blocks[0].self_attn.v.weight.grad
+        assert gradient is not None
+        made[defective] = x0.detach(), gradient
+    assert torch.equal(made[False][0], made[True][0])
+    assert (made[True][1] - made[False][1]).norm() > 0.05 * made[False][1].norm()
+
+
 class Answers(DiT):
     """A teacher that says the same whatever it is asked."""
 
