@@ -277,6 +277,27 @@ def test_guidance_uses_one_conditional_history() -> None:
 
 
 @torch.no_grad()
+def test_each_call_can_have_its_own_guidance() -> None:
+    model, conditions = random_model(TEST), random_conditions(TEST, 1, 9, 4, 4)
+    for one, each in ((1.0, (1.0, 1.0)), (3.0, (3.0, 3.0))):
+        assert torch.equal(
+            run(seeded(model, guidance=one), conditions, 3), run(seeded(model, guidance=each), conditions, 3)
+        )
+    part = conditions.slice(slice(0, 3))
+    last, plain = seeded(model, guidance=(1.0, 3.0)), seeded(model)
+    assert torch.equal(last.step(part, exit_call=0), plain.step(part, exit_call=0))  # the first call has none
+    last, strong = seeded(model, guidance=(1.0, 3.0)), seeded(model, guidance=3.0)
+    got = last.step(part)
+    assert (got - strong.step(part)).abs().max() > 1e-3 and (got - seeded(model).step(part)).abs().max() > 1e-3
+    joined, apart = (seeded(model, guidance=(1.0, 3.0), join_clean_pass=join) for join in (True, False))
+    torch.testing.assert_close(run(joined, conditions, 3), run(apart, conditions, 3), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="2 calls take one guidance or 2"):
+        seeded(model, guidance=(1.0, 2.0, 3.0))
+    with pytest.raises(ValueError, match="guidance 1"):
+        seeded(model, guidance=(2.0, 1.0), join_clean_pass=True)
+
+
+@torch.no_grad()
 def test_rows_are_independent() -> None:
     model, both = random_model(TEST), random_conditions(TEST, 2, 9, 4, 4)
     noise = torch.randn(3, 2, 2, 4, 3, 4, 4)
