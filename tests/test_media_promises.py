@@ -204,6 +204,19 @@ def test_interlaced_pictures_lose_their_comb(tmp_path: Path, caplog: pytest.LogC
     assert [f.pts for f in again] == [f.pts for f in frames]
 
 
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv420p10le"])
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_the_shortest_videos_are_written(make: Make, tmp_path: Path, pix_fmt: str, frames: int) -> None:
+    reader = VideoReader(make("in.mkv", codec="ffv1", pix_fmt=pix_fmt, frames=frames))
+    for _ in range(3):  # what x265 says of them changes
+        with VideoWriter(tmp_path / "out.mp4", like=reader) as writer:
+            for frame in reader:
+                writer.write(frame)
+        result = VideoReader(tmp_path / "out.mp4")
+        assert [f.seconds for f in result] == [f.seconds for f in reader]
+        assert result.duration_seconds == pytest.approx(frames / 25, abs=0.002)
+
+
 def test_transparency_is_told(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     reader = VideoReader(make("in.mov", codec="qtrle", pix_fmt="argb", tags=(0, 2)))
     assert "transparency" in caplog.text and reader.pix_fmt == "yuv444p"

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import av
@@ -17,7 +17,7 @@ from lipstream import LipSync
 from lipstream.evaluation.fidelity import max_difference
 from lipstream.media import unchanged
 from lipstream.media.h264 import joined_header, read_header, read_sequence, units
-from lipstream.media.opening import open_media
+from lipstream.media.opening import MediaError, open_media
 from lipstream.media.planes import copy_frame, plane_arrays
 from lipstream.media.reader import VideoReader
 from lipstream.media.writer import VideoWriter
@@ -91,9 +91,9 @@ def test_what_nothing_changed_is_copied(tmp_path: Path, kind: str, ends: tuple[s
 
 def test_encoded_stretches_stand_beside_the_source_s(tmp_path: Path) -> None:
     """No number twice, and as many frames held: else decoders may drop what they have not shown."""
-    for kind, told in KINDS.items():
+    for (kind, told), quality in product(KINDS.items(), ("draft", "good", "best")):
         reader = VideoReader(source(tmp_path / "in.mp4", told))
-        written(reader, tmp_path / "out.mp4", lambda i: i == 12)
+        written(reader, tmp_path / "out.mp4", lambda i: i == 12, quality=quality)
         with open_media(tmp_path / "out.mp4") as container:
             sets = read_header(container.streams.video[0].codec_context.extradata)
         assert len(sets.sequence) == len(sets.numbers) == 2, kind
@@ -102,6 +102,27 @@ def test_encoded_stretches_stand_beside_the_source_s(tmp_path: Path) -> None:
         kinds = [{number for number, _ in units(data)} for data in payloads(tmp_path / "out.mp4")]
         in_band = [i for i, found in enumerate(kinds) if 7 in found]
         assert in_band == ([0, 10, 20, 30] if kind == "repeated sets" else [])
+
+
+def test_damaged_sources_are_written_as_far_as_they_go(tmp_path: Path) -> None:
+    """Copied or encoded, with as many frames as could be decoded, at their times."""
+    good = source(tmp_path / "in.mp4", KINDS["b-frames"]).read_bytes()
+    start = good.index(b"mdat") + 8
+    chance = random.Random(0)
+    for number in range(12):
+        data = bytearray(good)
+        for _ in range(1 + number % 3):
+            at = chance.randrange(start + 800, len(data) - 1800)  # in the pictures, which the index follows
+            data[at : at + 40] = chance.randbytes(40)
+        path = tmp_path / "damaged.mp4"
+        path.write_bytes(data)
+        try:
+            reader = VideoReader(path)
+            given = [frame.pts for frame in reader]
+            written(reader, tmp_path / "out.mp4", lambda i: i in (15, 31))
+        except MediaError:
+            continue
+        assert [frame.pts for frame in VideoReader(tmp_path / "out.mp4")] == given
 
 
 def test_nothing_changed_and_all_changed(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ PROFILES = {66: "baseline", 77: "main"}  # those less than what the encoder woul
 
 
 class NotCopyable(ValueError):  # noqa: N818 - a property of the source, no error
-    """Why no stretch of a source can be taken over; reads on after "its picture is encoded anew:"."""
+    """Why no stretch of a source can be taken over: half a sentence about the source, "it is ..."."""
 
 
 @dataclass(kw_only=True)
@@ -116,7 +116,11 @@ class SourceGroups:
         self._context.flush_buffers()
         given = 0
         for packet in (*group.packets, None):
-            for frame in self._context.decode(packet):
+            try:
+                frames = self._context.decode(packet)
+            except av.InvalidDataError:
+                continue  # the reader passed over it, too
+            for frame in frames:
                 yield frame
                 given += 1
                 if given == count:
@@ -217,8 +221,8 @@ def encoder_options(sets: ParameterSets, reorder_depth: int) -> dict[str, str]:
             told.append("bframes=0")
         elif frames < 4 or reorder_depth < 2:
             told.append("b-pyramid=none")
-        if frames < 4:
-            told.append(f"ref={frames}")
+        if frames < 5:
+            told.append("ref=1")  # the slower presets would hold five
     profile = PROFILES.get(max(unit[1] for unit in sets.sequence))
     return {"x264-params": ":".join(told)} | ({"profile": profile} if profile else {})
 

@@ -175,6 +175,8 @@ class VideoWriter:
             if not self.frames_written:
                 raise MediaError(self.path, "got no frames to write", "check that the source has a picture")
             rest = self._video.encode(None) if self._splice is None else self._splice.finish()
+            if len(rest) == self.frames_written:
+                _time(rest, max(round(1 / (self._like.fps * self._like.time_base)), 1))
             self._mux_video(rest, last=True)
             self._mux_sides(self._end, last=True)
             self._container.close()
@@ -329,6 +331,14 @@ class VideoWriter:
             return MediaError(self.path, f"cannot be written (no permission in {folder})", "choose another folder")
         reason = getattr(error, "strerror", None) or str(error)
         return MediaError(self.path, f"cannot be written ({reason})", "check the disk and the folder")
+
+
+def _time(packets: list[VideoPacket], step: int) -> None:
+    """Give a whole stream its decoding times: x265's are arbitrary where it got fewer frames than it reorders."""
+    shown = sorted(packet.pts or 0 for packet in packets)
+    depth = max(place - shown.index(packet.pts or 0) for place, packet in enumerate(packets))
+    for place, packet in enumerate(packets):
+        packet.dts = shown[place - depth] if place >= depth else shown[0] - step * (depth - place)
 
 
 def _check_size(like: VideoReader) -> None:
