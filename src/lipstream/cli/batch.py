@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = sync_jobs(items)
     if args.dry_run:
         return dry_run(jobs, report, config, _wrong(items))
-    factory = SyncFactory(loading=loading, gpus=_gpus(args))
+    factory = SyncFactory(loading=loading, gpus=gpus_of(args))
     summary = run_all(args, jobs, report, config, factory, gpus=1 if str(args.device).startswith("cuda") else 0)
     return say(summary, report, "synced")
 
@@ -236,7 +236,7 @@ def _wrong(items: list[Item]) -> dict[str, str]:
     return {str(item.output): problem for item, problem in check_inputs(items).items()}
 
 
-def _gpus(args: argparse.Namespace) -> int:
+def gpus_of(args: argparse.Namespace) -> int:
     """GPUs that the workers of this machine share out; Ray does that itself."""
     if args.device != "cuda" or args.ray is not None:
         return 0

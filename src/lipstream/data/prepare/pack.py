@@ -121,6 +121,15 @@ def _place_canvas(out: Path, name: str, members: Members) -> None:
         _name(part, out / f"{name}.{suffix}")
 
 
+def unpack(out: Path) -> None:
+    """Lay the samples of a data set's shards down as the official folders, beside the shards; what is there stays."""
+    (out / "samples").mkdir(exist_ok=True)
+    for left in (out / "samples").glob(".*.part"):
+        shutil.rmtree(left)
+    for name, members in _samples(_shards(out), packed_names(out, "folders")):
+        _place_folder(out, name, members)
+
+
 def _write_index(out: Path, form: Format) -> None:
     lines = []
     if form == "webdataset":
