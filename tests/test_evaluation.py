@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lipstream.cli.demo import demo_files
 from lipstream.evaluation import correlation as corr
-from lipstream.evaluation import drift
 from lipstream.evaluation.closure import Closure, SpokenClip, closure, load_spoken
 from lipstream.evaluation.codec import gate_passed, gate_rows, group_starts, numbers_per_frame, score_canvas
 from lipstream.evaluation.fidelity import check_fidelity
@@ -30,7 +28,6 @@ from lipstream.evaluation.sharpness import mouth_sharpness, sharpness_ratio
 from lipstream.evaluation.speed import run_command, run_warm, write_input
 from lipstream.faces.composite import Patch
 from lipstream.media.bounce import BouncingReader
-from lipstream.media.opening import MediaError
 from lipstream.media.reader import SourceFrame, VideoReader, replace_region
 from lipstream.media.speech import count_speech_samples
 from lipstream.media.writer import VideoWriter
@@ -273,31 +270,3 @@ def test_speed_inputs_and_child_measurement(tmp_path: Path) -> None:
         run_command(video, audio, 50, [sys.executable, "-c", "raise SystemExit(3)"])
     warm = run_warm(Painter(), video, audio, 50)
     assert warm.fps > 0 and 0 < warm.first_frame_seconds < 5
-
-
-def test_drift_is_found_and_another_mouth_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift, "LOOKS_EVERY", 6)
-    with demo_files() as (clip, speech):
-        video, audio = write_input(clip, speech, tmp_path, 4, side_px=96)
-
-    class Wanderer:
-        """Paints the mouth darker with every frame, or ever the same."""
-
-        def __init__(self, per_frame: float) -> None:
-            self.per_frame = per_frame
-
-        def stream(self, video: Path, audio: Path, *, options: SyncOptions) -> Iterator[Done]:
-            for frame in VideoReader(video):
-                rgb = np.clip(frame.image[50:80, 30:66] - 20 - self.per_frame * frame.index, 0, 255).astype(np.uint8)
-                patch = Patch((30, 50, 66, 80), rgb, np.full(rgb.shape[:2], 255, np.uint8))
-                yield Done(replace_region(frame, rgb, patch.box, patch.alpha > 0), True, patch)
-
-    still, wandering = (drift.measure_drift(Wanderer(rate), video, audio, 0.5) for rate in (0.0, 0.5))
-    assert [row.frames for row in still.windows] == [*[13, 12] * 4]
-    assert still.windows[3].colour == pytest.approx((-20, -20, -20), abs=2)
-    assert still.colour_levels < 1.5 and abs(still.unlike) < 0.02 and still.sharpness == pytest.approx(1, abs=0.1)
-    # From windows 2 and 3 to windows 7 and 8: 62 frames of half a level.
-    assert wandering.colour_levels == pytest.approx(31, abs=3) and wandering.unlike > 0.05
-    monkeypatch.setattr(drift, "LOOKS_EVERY", 99)
-    with pytest.raises(MediaError, match="use a longer one"):
-        drift.measure_drift(Wanderer(0), video, audio, 2.0)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lipstream.checkpoints.networks import load_codec, load_dit
 from lipstream.diffusion.rollout import Rollout
+from lipstream.diffusion.schedule import STUDENT_TIMES
 from lipstream.faces.canvas import CANVAS_PX, FaceCanvas, Float, outline_weight
 from lipstream.inside import LipRuler, MouthInside
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES
@@ -61,6 +62,8 @@ class MouthModel:
     """The networks of one flavour, ready for inference.
 
     Args:
+        guidance: audio guidance of the last call; those before it have none. On 30 held-out clips that follows the
+            speech a little better than guiding every call, with a smaller mouth error, for a branch less.
         dtype: of the DiT and the painter; bfloat16 is about twice as fast where the CPU has it.
     """
 
@@ -76,6 +79,11 @@ class MouthModel:
         self.ruler = LipRuler(self.canvas)
         self.gaping = torch.from_numpy(self.canvas.gaping_field())
         self.dtype = dtype
+
+    @property
+    def guidance_of_calls(self) -> tuple[float, ...]:
+        """Audio guidance of each call of a chunk."""
+        return (*[1.0] * (len(STUDENT_TIMES) - 2), self.guidance)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> MouthModel:
@@ -112,7 +120,9 @@ class Take:
         self.model, self._strength = model, strength
         grid = model.codec.config.grid
         self._codec = model.codec.stream_view(1)
-        self._rollout = Rollout(model.dit, batch=1, height=grid, width=grid, seed=seed, guidance=model.guidance)
+        self._rollout = Rollout(
+            model.dit, batch=1, height=grid, width=grid, seed=seed, guidance=model.guidance_of_calls
+        )
         self._audio_pack = model.dit.audio_proj.stream_view(1)
         self._mask = model.codec.mouth_mask()
         self._shut: tuple[float, Tensor] | None = None  # opening (crop px) and pose-free latent [1, K, g, g]

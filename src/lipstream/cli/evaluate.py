@@ -5,7 +5,7 @@ $ lipstream evaluate syncnet talk.mp4                                  # Sync-C,
 $ lipstream evaluate codec samples/ --model runs/codec/checkpoint.pt   # the codec against thumbnails
 $ lipstream evaluate fidelity talk.mp4 speech.wav                      # what must not change
 $ lipstream evaluate speed talk.mp4                                    # frames/s, first frame, memory
-$ lipstream evaluate drift talk.mp4                                    # colour and looks over minutes
+$ lipstream evaluate drift talk.mp4 --seconds 60                       # the end of a long run against its beginning
 $ lipstream evaluate torture                                           # every kind of video and hostile file
 """
 
@@ -53,10 +53,10 @@ def add_parser(subparsers: Any) -> None:
     speed.add_argument("clip", type=Path, metavar="CLIP", help="a talking clip; scaled to 512 x 512 and looped")
     speed.add_argument("--audio", type=Path, help="speech (default: the clip's own)")
     speed.add_argument("--minutes", type=positive, nargs="+", default=[1, 10], help="input lengths (default: 1 10)")
-    drift = actions.add_parser("drift", help="whether colour, sharpness and looks wander over minutes")
-    drift.add_argument("clip", type=Path, metavar="CLIP", help="a talking clip; played back and forth")
+    drift = actions.add_parser("drift", help="colour, identity and sharpness: the end of a long run against its start")
+    drift.add_argument("clip", type=Path, metavar="CLIP", help="a talking clip; scaled to 512 x 512 and repeated")
     drift.add_argument("--audio", type=Path, help="speech (default: the clip's own)")
-    drift.add_argument("--minutes", type=positive, default=3, help="how long (default: 3)")
+    drift.add_argument("--seconds", type=positive, default=60, help="length of the run (default: 60)")
     torture = actions.add_parser("torture", help="every kind of video that people bring, and files that attackers send")
     torture.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose names begin so")
     torture.add_argument("--long", action="store_true", help="also the cases that take minutes")
@@ -224,20 +224,13 @@ def _speed(args: argparse.Namespace) -> int:
 
 
 def _drift(args: argparse.Namespace) -> int:
-    from lipstream.evaluation.drift import measure_drift
-    from lipstream.evaluation.speed import write_input
+    from lipstream.evaluation.drift import COMPARED_SECONDS, measure_drift
 
     silence_tflite()
-    with tempfile.TemporaryDirectory(prefix="lipstream-evaluate-") as name:
-        video, audio = write_input(args.clip, args.audio or args.clip, Path(name), 60 * args.minutes)
-        found = measure_drift(_load(args), video, audio)
-    for row in found.windows:
-        colour = ", ".join(f"{value:+.2f}" for value in row.colour)
-        print(f"{row.start_seconds:4.0f} s: colour {colour}; sharpness {row.sharpness:.3f}; unlike {row.unlike:.3f}")
-    print(
-        f"last third against first third: colour {found.colour_levels:.2f} levels (a window's spread "
-        f"{found.spread_levels:.2f}), sharpness x {found.sharpness:.3f}, looks {found.unlike:+.3f} of another person's"
-    )
+    found = measure_drift(_load(args), args.clip, args.audio or args.clip, args.seconds)
+    print(f"last {COMPARED_SECONDS} s against the first {COMPARED_SECONDS} s of {args.seconds} s:")
+    for name in ("colour", "identity", "sharpness", "opening"):
+        print(f"  {name}: {100 * getattr(found, name):+.2f} %")
     _write(args.json, asdict(found))
     return EXIT_OK
 

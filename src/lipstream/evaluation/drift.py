@@ -1,143 +1,183 @@
-"""Whether a long run wanders: colour, sharpness and looks of the mouth against the source, minute by minute.
+"""Whether a long run wears out: colour, identity and sharpness of the mouth at the end against the beginning.
 
-A model that is fed its own past can drift: mouths get paler, softer, or somebody else's, more with every chunk.
-Here a clip is played back and forth for minutes, and each finished frame is held against its own source frame. What
-counts is not how far the two are apart (other words are spoken), but whether that changes with time.
+An autoregressive model feeds on what it made, so small errors can add up (the paper's minute-long rollouts). Source and
+speech are repeated here with one period, and the last seconds are compared with the first ones *of the same period
+phase*: picture and words are equal there, frame by frame, and what differs is the model's doing.
 
-    lipstream evaluate drift CLIP --minutes 3
+    lipstream evaluate drift CLIP --seconds 60
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from lipstream.evaluation.fidelity import StreamingSynchroniser, SyncedLike
+from lipstream.evaluation.opening import mouth_opening
+from lipstream.evaluation.sharpness import mouth_box, mouth_sharpness
+from lipstream.evaluation.speed import write_wav
 from lipstream.faces.likeness import SAME, difference, looks_of
-from lipstream.faces.sharp import laplacian_variance
 from lipstream.faces.track import FaceTracker
 from lipstream.media.opening import MediaError
-from lipstream.media.reader import SourceFrame, VideoReader
+from lipstream.media.reader import VideoReader
+from lipstream.media.speech import load_speech
+from lipstream.media.timeline import MODEL_FPS, SPEECH_RATE
 from lipstream.options import SyncOptions
 
-LOOKS_EVERY = 10  # frames between two looks at the whole face
+COMPARED_SECONDS = 5
+LONGEST_TURN_FRAMES = 125  # of the clip, one way; they are held in memory
+SIDE_PX = 512
+
+Means = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DriftWindow:
-    """Means over one stretch of time.
+class Stretch:
+    """Means over some seconds of a result.
 
     Attributes:
-        colour: result minus source inside the mask, R, G, B, levels of 255.
-        sharpness: variance of the Laplacian around the mouth, result over source.
-        unlike: how differently the whole face looks from the source's; `faces.likeness.SAME` is another person.
-        frames: with a new mouth.
+        colour: [3] mean red, green, blue of the mouth box, 0..255.
+        sharpness: Laplacian variance of the mouth box.
+        looks: [300] mean descriptor of the face (`faces.likeness`).
+        opening: standard deviation of the mouth's opening, inter-ocular distances.
+        frames: in which a face was found.
     """
 
-    start_seconds: float
-    colour: tuple[float, float, float]
+    colour: Means
     sharpness: float
-    unlike: float
+    looks: Means
+    opening: float
     frames: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How the last third of the windows differs from the first third; the very first window is the warm-up.
+    """The last seconds against the first ones; 0 is none.
 
     Attributes:
-        colour_levels: the largest change of the three colours.
-        sharpness: ratio of the sharpness ratios; 1 is none.
-        unlike: change of the looks' difference, in units of `SAME`.
-        spread_levels: standard deviation of a window's colour: what changes anyway.
+        seconds: of the whole run.
+        colour: largest relative change of a channel's mean in the mouth box.
+        sharpness: relative change of the Laplacian variance.
+        identity: difference of the mean faces, as a share of what lies between two pictures of one person at most.
+        opening: relative change of the movement.
     """
 
-    windows: tuple[DriftWindow, ...]
-    colour_levels: float
+    seconds: float
+    colour: float
     sharpness: float
-    unlike: float
-    spread_levels: float
+    identity: float
+    opening: float
+
+    @property
+    def worst(self) -> float:
+        """The largest of colour, identity and sharpness."""
+        return max(self.colour, abs(self.sharpness), self.identity)
 
 
-def measure_drift(sync: StreamingSynchroniser, video: Path, audio: Path, window_seconds: float = 10.0) -> Drift:
-    """Run a model over a long video and compare each frame with its source.
-
-    Args:
-        video: as long as the speech, so that frames pair off; `evaluation.speed.write_input` makes both.
+def write_periodic(clip: Path, audio: Path, folder: Path, seconds: int) -> tuple[Path, Path, int]:
+    """(video, speech, period in frames): a 512 px 25 fps lossless video and speech that repeat with one period.
 
     Raises:
-        ValueError: fewer than four windows with a new mouth.
+        MediaError: less than two frames, or less speech than one period.
     """
-    windows: list[DriftWindow] = []
-    rows: list[tuple[NDArray[np.float64], float]] = []
-    looks: list[float] = []
-    tracker, begun = FaceTracker(), 0.0
+    turn = []
+    for frame in VideoReader(clip):
+        side = min(frame.image.shape[:2])
+        top, left = ((length - side) // 2 for length in frame.image.shape[:2])
+        turn.append(cv2.resize(frame.image[top : top + side, left : left + side], (SIDE_PX, SIDE_PX)))
+        if len(turn) == LONGEST_TURN_FRAMES:
+            break
+    if len(turn) < 2:
+        raise MediaError(clip, "has one frame", "give a clip of some seconds")
+    there_and_back = [*range(len(turn)), *range(len(turn) - 2, 0, -1)]
+    period = len(there_and_back)
+    video, sound = folder / "periodic.mp4", folder / "periodic.wav"
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("libx264", rate=MODEL_FPS, options={"crf": "0", "preset": "ultrafast"})
+        stream.width = stream.height = SIDE_PX
+        stream.pix_fmt = "yuv420p"
+        for index in range(seconds * MODEL_FPS):
+            image = np.asarray(turn[there_and_back[index % period]], np.uint8)
+            picture = av.VideoFrame.from_ndarray(image, format="rgb24")
+            picture.pts, picture.time_base = index, Fraction(1, MODEL_FPS)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    speech = load_speech(audio)
+    wanted = period * SPEECH_RATE // MODEL_FPS
+    once = np.tile(speech, -(-wanted // len(speech)))[:wanted]
+    write_wav(np.tile(once, -(-seconds * MODEL_FPS // period))[: seconds * SPEECH_RATE], sound)
+    return video, sound, period
 
-    def close(start_seconds: float) -> None:
-        if rows and looks:
-            colour = np.mean([row[0] for row in rows], 0)
-            windows.append(
-                DriftWindow(
-                    start_seconds=start_seconds,
-                    colour=(float(colour[0]), float(colour[1]), float(colour[2])),
-                    sharpness=float(np.mean([row[1] for row in rows])),
-                    unlike=float(np.mean(looks)),
-                    frames=len(rows),
-                )
+
+def measure_drift(
+    sync: StreamingSynchroniser, clip: Path, audio: Path, seconds: int = 60, compared_seconds: int = COMPARED_SECONDS
+) -> Drift:
+    """Run a clip's picture and a speech, both repeated, and compare the end with the beginning.
+
+    Raises:
+        ValueError: too short for two stretches of one phase.
+        MediaError: see :func:`write_periodic`.
+    """
+    with tempfile.TemporaryDirectory(prefix="lipstream-evaluate-") as name:
+        video, sound, period = write_periodic(clip, audio, Path(name), seconds)
+        compared = compared_seconds * MODEL_FPS
+        later = (seconds * MODEL_FPS - compared) // period * period
+        if later < compared:
+            raise ValueError(
+                f"{seconds} s are too short: the clip repeats every {period / MODEL_FPS:g} s, and its last "
+                f"{compared_seconds} s are compared with the first; take at least "
+                f"{-(-max(period, compared) // MODEL_FPS) + compared_seconds} s"
             )
-        rows.clear()
-        looks.clear()
-
-    for source, done in zip(VideoReader(video), sync.stream(video, audio, options=SyncOptions()), strict=True):
-        if source.seconds >= begun + window_seconds:
-            close(begun)
-            begun += window_seconds
-        row = _compare(source, done)
-        if row is not None:
-            rows.append(row)
-        if source.index % LOOKS_EVERY == 0:
-            face = tracker.step(source.image)
-            if face is not None and row is not None:
-                pair = [looks_of(image, face.landmarks) for image in (source.image, done.frame.image)]
-                looks.append(difference(*pair))
-    close(begun)
-    if len(windows) < 4:
-        raise MediaError(video, f"gives {len(windows)} windows of {window_seconds:g} s with a face", "use a longer one")
-    return _summarise(windows)
+        synced = sync.stream(video, sound, options=SyncOptions())
+        first = stretch(islice(synced, compared))
+        last = stretch(islice(synced, later - compared, later))
+    return compare_stretches(first, last, seconds)
 
 
-def _compare(source: SourceFrame, done: SyncedLike) -> tuple[NDArray[np.float64], float] | None:
-    """(colour change [3], sharpness ratio) of a frame with a new mouth."""
-    patch = done.patch
-    if patch is None or not (patch.alpha > 0).any():
-        return None
-    left, top, right, bottom = patch.box
-    before, after = (frame.image[top:bottom, left:right] for frame in (source, done.frame))
-    inside = patch.alpha > 0
-    colour = after[inside].mean(0, dtype=np.float64) - before[inside].mean(0, dtype=np.float64)
-    sharp = [laplacian_variance(np.asarray(cv2.cvtColor(p, cv2.COLOR_RGB2GRAY), np.uint8)) for p in (after, before)]
-    return colour, sharp[0] / max(sharp[1], 1e-9)
+def stretch(frames: Iterable[SyncedLike]) -> Stretch:
+    """Means over frames.
+
+    Raises:
+        ValueError: no face in any of them.
+    """
+    tracker = FaceTracker()
+    colours, sharp, looks, opening = [], [], [], []
+    for synced in frames:
+        image = synced.frame.image
+        face = tracker.step(image)
+        if face is None:
+            continue
+        left, top, right, bottom = mouth_box(face.landmarks, (image.shape[0], image.shape[1]))
+        colours.append(image[top:bottom, left:right].reshape(-1, 3).mean(0))
+        sharp.append(mouth_sharpness(image, face.landmarks))
+        looks.append(looks_of(image, face.landmarks))
+        opening.append(mouth_opening(face.landmarks))
+    if not colours:
+        raise ValueError("no face in the result: give a clip of one talking head")
+    return Stretch(
+        colour=np.mean(colours, axis=0, dtype=np.float64),
+        sharpness=float(np.nanmean(sharp)),
+        looks=np.mean(looks, axis=0, dtype=np.float64),
+        opening=float(np.std(opening)),
+        frames=len(colours),
+    )
 
 
-def _summarise(windows: Sequence[DriftWindow]) -> Drift:
-    counted = windows[1:]
-    third = max(1, len(counted) // 3)
-    first, last = counted[:third], counted[-third:]
-
-    def mean(rows: Sequence[DriftWindow], name: str) -> float:
-        return float(np.mean([getattr(row, name) for row in rows]))
-
-    colours = np.array([row.colour for row in counted])
-    change = colours[-third:].mean(0) - colours[:third].mean(0)
+def compare_stretches(first: Stretch, last: Stretch, seconds: float) -> Drift:
+    """How ``last`` differs from ``first``."""
     return Drift(
-        windows=tuple(windows),
-        colour_levels=float(np.abs(change).max()),
-        sharpness=mean(last, "sharpness") / mean(first, "sharpness"),
-        unlike=(mean(last, "unlike") - mean(first, "unlike")) / SAME,
-        spread_levels=float(colours.std(0).max()),
+        seconds=seconds,
+        colour=float(np.abs(last.colour / first.colour - 1).max()),
+        sharpness=last.sharpness / first.sharpness - 1,
+        identity=difference(last.looks.astype(np.float32), first.looks.astype(np.float32)) / SAME,
+        opening=last.opening / first.opening - 1,
     )
