@@ -48,7 +48,9 @@ log = logging.getLogger(__name__)
 LEAST_SECONDS = 8  # of a face and speech; two are held out, which says little
 MOST_SECONDS = 180  # what lies beyond is not read: memory (2 MB a second) and minutes
 LEAST_LOUDNESS = 1e-3  # root mean square; below it nobody speaks
-WORTH_ERRORS = 1.0  # standard errors of the rise; a smaller rise is no reason to give up the general weights
+# Standard errors of the rise that are needed; docs/personalize.md says why not more: a few held-out seconds cannot show
+# it, and of weights that change nothing three in ten pass as it is.
+WORTH_ERRORS = 0.5
 JUDGED_FRAMES = 500  # of the held-out part, or a little more
 RUN = "unfinished"  # folder inside the result's; removed when it is done
 PARTS = ("dit.safetensors", "speech.safetensors", "codec.safetensors")  # the last one makes a folder a model
@@ -65,7 +67,7 @@ class PersonalReport:
         train_seconds, held_seconds: of video that was trained on, and that was judged by.
         before, after: the general and the personal weights on the held-out part.
         rise_error: standard error of the rise of the correlation, over the half seconds of the held-out part.
-        better: whether the personal ones follow better there, by more than that; kept: whether the folder has them.
+        better: whether the personal ones follow better there, by more than `WORTH_ERRORS` times that; kept: whether the folder has them.
     """
 
     folder: Path
