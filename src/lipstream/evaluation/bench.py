@@ -193,7 +193,8 @@ class _Run:
             return marked
 
         self.rollout = Rollout(
-            parts.model, height=parts.height, width=parts.width, guidance=parts.guidance, noise=noise,
+            parts.model, height=parts.height, width=parts.width, times=parts.times, guidance=parts.guidance,
+            noise=noise,
             join_clean_pass=self.config.join_clean_pass,
         )  # fmt: skip
 
@@ -383,10 +384,10 @@ def _dit_flops(parts: BenchParts, config: BenchConfig) -> dict[str, int]:
     costs, keys = parts.costs, parts.text_keys
     own, window = parts.model.config.chunk_latent_frames, parts.model.config.window_latent_frames
     call, clean = costs.call_flops(own, window, keys), costs.clean_flops(own, window, keys)
-    first, second = (branches * call for branches in _branches(parts))
+    calls = {f"call {number}": branches * call for number, branches in enumerate(_branches(parts), 1)}
     if config.join_clean_pass:
-        return {"call 1": first + clean, "call 2": second}
-    return {"call 1": first, "call 2": second, "clean": clean}
+        return calls | {"call 1": calls["call 1"] + clean}
+    return calls | {"clean": clean}
 
 
 def _branches(parts: BenchParts) -> list[int]:
