@@ -67,7 +67,8 @@ class PersonalReport:
         train_seconds, held_seconds: of video that was trained on, and that was judged by.
         before, after: the general and the personal weights on the held-out part.
         rise_error: standard error of the rise of the correlation, over the half seconds of the held-out part.
-        better: whether the personal ones follow better there, by more than `WORTH_ERRORS` times that; kept: whether the folder has them.
+        better: whether the personal ones follow better there, by more than `WORTH_ERRORS` times that.
+        kept: whether the folder has them.
     """
 
     folder: Path
