@@ -24,6 +24,7 @@ from lipstream.casting import Cast, no_speaker, speakers_of
 from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
+from lipstream.media.isolated import IsolatedReader
 from lipstream.media.mix import mixed_sound
 from lipstream.media.opening import MediaError
 from lipstream.media.plan import Plan
@@ -66,6 +67,7 @@ class SyncReport:
         passed_through: half-open ranges of frames that were left as they were because no face was found.
         stage_seconds: busy wall time of each stage (they overlap).
         first_frame_seconds: from the start of the run to its first finished frame.
+        copied_frames: how many frames were taken over from the source without encoding (option `copy_unchanged`).
     """
 
     output: Path
@@ -76,6 +78,7 @@ class SyncReport:
     stage_seconds: dict[str, float]
     model: str
     first_frame_seconds: float
+    copied_frames: int = 0
 
     @property
     def fps(self) -> float:
@@ -120,7 +123,7 @@ class _Run:
             if not count:
                 raise MediaError(sound, "its sound has no samples", "use a file with speech in it, and no larger delay")
             samples = max(samples, count)
-        reader = VideoReader(video)
+        reader = IsolatedReader(video) if options.isolate else VideoReader(video)
         source = engine.frames(reader, samples, length, fit)
         return cls(
             source=source,
@@ -249,13 +252,15 @@ class LipSync:
                 quality=options.quality,
                 crf=options.crf,
                 carry=True,
+                repeats=run.plan.timeline.fills,
+                copy_unchanged=options.copy_unchanged,
             ) as writer,
             # Closed at once, also when writing fails: a kept traceback must not keep the threads running.
             closing(self._frames(run, progress, clock)) as made,
         ):
             for done in made:
                 since = time.perf_counter()
-                writer.write(done.frame)
+                writer.write(done.frame, unchanged=not done.synced)
                 clock.add("write", since)
                 frames += 1
                 synced += done.synced
@@ -281,6 +286,7 @@ class LipSync:
             stage_seconds={k: round(v, 3) for k, v in clock.stages.items()},
             model=self.name,
             first_frame_seconds=clock.first or seconds,
+            copied_frames=writer.copied_frames,
         )
 
     def stream(
@@ -322,7 +328,7 @@ class LipSync:
                 yield from session.finish()
 
         done = 0
-        with Ahead(generated(), ahead_frames, "mouths") as frames:
+        with source.reader, Ahead(generated(), ahead_frames, "mouths") as frames:
             for frame in frames:
                 if clock.first is None:
                     clock.first = time.perf_counter() - clock.started

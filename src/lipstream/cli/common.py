@@ -270,6 +270,8 @@ def summary(report: SyncReport) -> str:
     parts = [f"{synced} in {report.seconds:.1f} s ({report.fps:.1f} frames/s)"]
     if report.passed_through:
         parts.append(f"left unchanged: {_spans(report)}")
+    if report.copied_frames:
+        parts.append(f"{report.copied_frames} frames copied without encoding")
     return f"{report.output}: {'; '.join(parts)}; model {report.model}"
 
 
