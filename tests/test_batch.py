@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -23,6 +24,9 @@ from lipstream.batch.jobs import Job, Outcome, Worker, attempt
 from lipstream.batch.processes import ProcessScheduler
 from lipstream.batch.run import BatchConfig, BatchProgress, BatchSummary, plan, run_jobs
 from lipstream.batch.state import Record, StateFile, read_report
+from lipstream.batch.syncing import SyncFactory
+from lipstream.cli.batch import _scheduler, default_workers
+from lipstream.cli.main import build_parser
 
 CHILD = Path(__file__).with_name("batch_child.py")
 KILLS = 50
@@ -353,3 +357,74 @@ def test_columns_become_fields_of_any_dataclass() -> None:
         with pytest.raises(ColumnError, match=said) as error:
             read_fields(Options, {column: value})
         assert error.value.column == column
+
+
+def test_a_result_may_have_the_longest_name(tmp_path: Path) -> None:
+    """255 bytes: the hidden folder beside it needs another name, the same in every run, one for each result."""
+    names = [f"{start}{'ü' * 125}.mp4" for start in ("a", "b")]
+    assert [len(os.fsencode(name)) for name in names] == [255, 255]
+    jobs = [Job(id=name, output=tmp_path / name) for name in names]
+    assert len({job.staging() for job in jobs}) == 2 and jobs[0].staging() == jobs[0].staging()
+    summary, _ = run(tmp_path, jobs)
+    assert summary.done == 2 and sorted(path.name for path in tmp_path.glob("*.mp4")) == names
+    assert Job(id="c", output=tmp_path / "c.mp4").staging() == tmp_path / ".c.mp4.batch"
+
+
+def test_workers_log_what_their_run_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`-v` reaches the processes that do the work, and each says which one it is."""
+    root, before = logging.getLogger(), logging.getLogger().level
+    jobs = [Job(id="a", output=tmp_path / "a.txt")]
+    for level, expected in ((logging.INFO, True), (logging.WARNING, False)):
+        root.setLevel(level)
+        try:
+            with ProcessScheduler(1) as scheduler:
+                scheduler.start(Speaker(), None)
+                scheduler.submit(jobs[0])
+                while not (outcomes := scheduler.wait(20)):
+                    pass
+        finally:
+            root.setLevel(before)
+        assert outcomes[0].ending == "done"
+        said = capfd.readouterr().err
+        assert ("INFO worker 0 speaker: at work" in said) is expected
+        assert "WARNING worker 0 speaker: careful" in said
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Factory of a worker that logs."""
+
+    def __call__(self, number: int) -> Worker:
+        def work(job: Job, target: Path) -> dict[str, Any]:
+            logging.getLogger("speaker").info("at work")
+            logging.getLogger("speaker").warning("careful")
+            target.write_text("done")
+            return {}
+
+        return work
+
+
+def test_a_worker_a_gpu_or_for_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10)), raising=False)
+    assert [default_workers(device) for device in ("cuda", "cuda:1", "cpu", None)] == [3, 1, 5, 5]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # told when the model loads
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert [default_workers(device) for device in ("cuda", None)] == [1, 1]
+    arguments = build_parser().parse_args(["batch", "jobs.csv", "--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for jobs, slots in ((8, 3), (2, 2)):
+        assert _scheduler(arguments, jobs, 1).slots == slots
+
+
+def test_workers_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lipstream.pipeline import LipSync
+
+    devices: list[str] = []
+    monkeypatch.setattr(LipSync, "from_pretrained", lambda **loading: devices.append(loading["device"]))
+    for number in range(4):
+        SyncFactory(loading={"model": "pocket", "device": "cuda"}, gpus=2)(number)
+    SyncFactory(loading={"model": "pocket", "device": "cuda:1"}, gpus=0)(3)
+    assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:1"]

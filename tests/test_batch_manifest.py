@@ -67,7 +67,10 @@ def test_a_bad_line_is_named_with_column_value_and_fix(tmp_path: Path, row: str,
     [
         ("video,audio\n", "jobs.csv", "line 1: has no column 'output'"),
         ("video,audio,output\n", "jobs.csv", "holds no items"),
-        ("video,audio,output,video\n", "jobs.csv", "named twice"),
+        ("video,audio,output,video\n", "jobs.csv", "line 1: column 'video' is named twice"),
+        ("\n\nvideo,audio,output,colour\n" + 3 * "talk.mp4,ü.wav,1.mp4,red\n", "jobs.csv", "line 3: unknown column"),
+        (f"video,audio,output\n{'x' * 200_000},a,b\n", "jobs.csv", "line 2: cannot be read as CSV (field larger"),
+        ('{"video": "talk.mp4", "colour": "red"}\n', "jobs.jsonl", "line 1: unknown column 'colour'"),
         (
             "video,audio,output,colour\ntalk.mp4,ü.wav,1.mp4,red\n",
             "jobs.csv",
@@ -82,7 +85,7 @@ def test_a_bad_line_is_named_with_column_value_and_fix(tmp_path: Path, row: str,
 def test_a_bad_manifest_is_one_line(tmp_path: Path, text: str, name: str, said: str) -> None:
     with pytest.raises(ManifestError) as error:
         read_manifest(manifest(tmp_path, text, name))
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value) and "\n" not in str(error.value) and len(error.value.problems) == 1
 
 
 def test_all_problems_are_counted(tmp_path: Path) -> None:

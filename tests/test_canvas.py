@@ -83,6 +83,21 @@ def test_motion_changes_only_the_mask_and_meets_the_rim(canvas: FaceCanvas) -> N
     assert difference[(patch.alpha > 0) & (inner == 0)].max() <= 12  # no step at the rim
 
 
+def test_a_face_that_moves_as_a_whole_leaves_no_seam(canvas: FaceCanvas) -> None:
+    """Everything is 8 px lower in the generated face: what shows of it fades to nothing towards the rim."""
+    frame, landmarks = picture(), face(canvas)
+    alignment = canvas.align(landmarks)
+    field = canvas.field(landmarks, alignment)
+    blank = np.zeros((CANVAS_PX, CANVAS_PX, 3), np.uint8)
+    gate = np.zeros((CANVAS_PX, CANVAS_PX), np.float32)
+    patch = Compositor(canvas)(frame, alignment, field, field + np.float32((0, 8)), blank, gate)
+    assert patch is not None
+    x0, y0, x1, y1 = patch.box
+    difference = np.abs(patch.rgb.astype(int) - frame[y0:y1, x0:x1]).max(-1)
+    rim = (patch.alpha > 0) & (cv2.erode(patch.alpha, np.ones((5, 5), np.uint8)) == 0)
+    assert difference.max() > 200 and difference[rim].max() <= 25  # with a hard edge: 255
+
+
 def test_mask_is_zero_at_the_border_and_one_at_the_mouth() -> None:
     mask = canvas_mask()
     assert max(mask[0].max(), mask[-1].max(), mask[:, 0].max(), mask[:, -1].max()) < 0.02

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from rich.text import Text
 
 from lipstream import __version__, pipeline
 from lipstream.cli import common, doctor
@@ -66,7 +70,7 @@ FLAGS = {
     "personalize": {"--output", "--model", "--seed", "--threads", "--steps", "--keep-anyway", "--verbose"},
     "bench": {
         "--model", "--device", "--dtype", "--size", "--chunks", "--starts", "--layers", "--threads", "--attention",
-        "--compile", "--join-clean", "--json", "--verbose",
+        "--compile", "--join-clean", "--json", "--memory", "--verbose",
     },
 }  # fmt: skip
 
@@ -304,7 +308,7 @@ def test_times_and_sizes_are_readable() -> None:
 
 def test_doctor_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = {finding.name: finding for finding in doctor.examine(speed=False)}
-    assert {"python", "torch", "bf16", "codecs", "faces", "weights dit", "disk"} <= found.keys()
+    assert {"python", "torch", "bf16", "codecs", "faces", "weights dit", "disk", "languages"} <= found.keys()
     assert all(found[name].status == "ok" for name in ("python", "torch", "codecs", "faces"))
 
     def broken() -> Any:
@@ -326,3 +330,90 @@ def test_doctor_compares_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (pocket / "SHA256SUMS").write_text(f"{right}  codec.safetensors\n{right}  dit.safetensors\n")
     status = {finding.name: finding.status for finding in doctor.check_weights()}
     assert status == {"weights codec": "ok", "weights dit": "fail", "weights speech": "fail"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sync", "clip.mp4", "speech.m4a", "-o", "out.mp4", "--strength", "9"], "--strength 9: must lie in 0..2"),
+        (["sync", "clip.mp4", "speech.m4a", "-o", "out.mp4", "--strength", "nan"], "--strength nan: must lie in 0..2"),
+        (["sync", "clip.mp4", "speech.m4a", "-o", "out.mp4", "--crf", "99"], "--crf 99: must lie in 0..51"),
+        (["sync", "clip.mp4", "speech.m4a", "-o", "out.mp4", "--audio-delay", "9999999"], "--audio-delay 9999999:"),
+        (["bench", "--chunks", "2"], "--chunks 2: must be at least 3"),
+        (["bench", "--model", "test", "--layers", "9"], "--layers 9: must be 1 to 3"),
+        (["bench", "--model", "test", "--size", "70"], "--size 70: must be a multiple of 16 pixels"),
+        (["batch", "--videos", ".", "--audios", "speech.m4a", "--out", "o", "--retries", "-1"], "--retries -1: must"),
+        (["prepare", "clip.mp4", "-o", "data", "--min-frames", "300"], "--min-frames 300: must be at least 1 and not"),
+    ],
+)  # fmt: skip
+def test_a_wrong_range_names_the_option(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    clip: Path,
+    speech: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == common.EXIT_USAGE
+    assert one_line(capsys).startswith(f"lipstream: error: {said}")
+
+
+def test_doctor_lists_every_extra_with_what_it_is_for_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert doctor.EXTRAS.keys() == project["optional-dependencies"].keys() - {"dev"}
+    declared = [
+        f"{line}; extra == '{extra}'" for extra, all in project["optional-dependencies"].items() for line in all
+    ]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: [*project["dependencies"], *declared])
+    assert doctor.packages_of("full") == ["transformers", "ftfy"]
+    monkeypatch.setattr(doctor, "_installed", lambda package: package not in ("ftfy", "ray"))
+    found = {finding.name: finding for finding in doctor.check_extras()}
+    assert {name: finding.status for name, finding in found.items() if finding.status != "ok"} == {
+        "extra full": "off", "extra ray": "off",
+    }  # fmt: skip
+    assert "1.3B" in found["extra full"].detail and "not installed: ftfy" in found["extra full"].detail
+    assert found["extra synth"].fix == ""
+    monkeypatch.setattr(doctor, "examine", lambda speed: doctor.check_extras())
+    with pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr(doctor.Console, "print", lambda self, table: shown.extend(table.columns[3]._cells))
+        assert main(["doctor"]) == 0  # what is optional is no failure
+    assert Text.from_markup(shown[1]).plain == "in the clone: pip install -c constraints.txt '.[full]'"
+
+
+def test_doctor_says_which_languages_were_heard(capsys: pytest.CaptureFixture[str]) -> None:
+    (finding,) = doctor.check_languages()
+    card = (Path(__file__).parents[1] / "src/lipstream/assets/pocket/README.md").read_text()
+    assert "recorded prompts in five languages" in card and "40 languages" in card
+    for language in ("English", "Spanish", "French", "Italian", "Russian", "40 languages", "wav2vec2-base-960h"):
+        assert language in finding.detail
+
+
+def test_a_log_gets_a_sign_of_life(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no terminal for a bar: stage, frames, speed and time left, every half minute."""
+    times = iter([0.0, 10.0, 31.0, 31.0, 40.0, 62.0, 62.0])
+    monkeypatch.setattr(common.Heartbeat.__init__, "__defaults__", (common.HEARTBEAT_SECONDS, lambda: next(times)))
+    with common.show_progress() as report:
+        for done in (100, 200, 300, 400):
+            report(Progress("sync", done, 1000, 25.0, (1000 - done) / 25))
+    assert capsys.readouterr().err.splitlines() == [
+        "sync: 200/1000 frames, 25.0 frames/s, 0:32 left", "sync: 400/1000 frames, 25.0 frames/s, 0:24 left",
+    ]  # fmt: skip
+    times = iter([0.0, 31.0, 31.0])
+    with common.show_bytes() as tell:
+        tell("fetching", 5_000_000, 20_000_000)
+    assert capsys.readouterr().err == "fetching: 5.0 MB of 20.0 MB\n"
+
+
+def test_bench_prints_memory_per_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--memory", "--json", str(tmp_path / "memory.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "40.6 GB" in shown and "10.0 GB" in shown and "not measured on a GPU" in shown
+    rows = json.loads((tmp_path / "memory.json").read_text())
+    assert {(row["model"], row["dtype"], row["decoder"]) for row in rows} == set(
+        itertools.product(("1.3b", "14b"), ("bfloat16", "float32"), ("wan", "tae"))
+    )
+    guide = (Path(__file__).parents[1] / "docs/full-size.md").read_text()
+    assert "14B 40.6 GB, 1.3B 10.0 GB" in " ".join(guide.split())  # the guide says what the command says

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
@@ -141,3 +142,17 @@ for module in pkgutil.iter_modules(importlib.import_module("lipstream.cli").__pa
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_torch_is_new_enough_for_new_cards() -> None:
+    """Compute capability 12.0 (RTX 50) came with torch 2.7; the range must not allow less, nor hold newer ones back."""
+    (torch,) = (Requirement(text) for text in PROJECT["dependencies"] if text.startswith("torch"))
+    assert not any(torch.specifier.contains(old) for old in ("2.0.1", "2.5.1", "2.6.0"))
+    assert torch.specifier.contains("2.99.0") and torch.specifier.contains(pins()["torch"])
+
+
+def test_nothing_is_moved_to_cuda_by_name() -> None:
+    """What runs anywhere goes to the device that was asked for."""
+    for path in (ROOT / "src").rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert "cuda" not in [func.attr for func in calls if isinstance(func, ast.Attribute)], path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -20,7 +21,7 @@ from lipstream.cli.main import main
 from lipstream.cli.personalize import as_text
 from lipstream.evaluation import rehearsal
 from lipstream.evaluation.correlation import correlation
-from lipstream.evaluation.rehearsal import Spoken, agreement, rehearsed_opening
+from lipstream.evaluation.rehearsal import Spoken, agreement, rehearsed_opening, rise_error
 from lipstream.faces.canvas import FaceCanvas
 from lipstream.media.opening import MediaError
 from lipstream.models.audio import SpeechEncoder, save_speech_encoder, speech_config
@@ -188,12 +189,16 @@ def video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "me.mp4"
 
 
-def score_of(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
+def score_of(monkeypatch: pytest.MonkeyPatch, *values: float, doubt: float = 0.01) -> None:
+    """Correlations before and after; above .5 they depend on which half second is left out."""
     left = list(values)
     score = rehearsal.Rehearsal(r=0, amplitude=1, error_px=1, pixel_frames=50)
-    monkeypatch.setattr(
-        personal, "rehearse", lambda *_: rehearsal.Rehearsal(**(vars(score) | {"r": left.pop(0)}))
-    )  # fmt: skip
+
+    def rehearse(*_: object) -> rehearsal.Rehearsal:
+        r = left.pop(0)
+        return replace(score, r=r, left_out=(r, r - doubt * (r > 0.5), r, r + doubt * (r > 0.5)))
+
+    monkeypatch.setattr(personal, "rehearse", rehearse)
 
 
 @pytest.mark.parametrize(("after", "keep_anyway", "kept"), [(0.6, False, True), (0.4, False, False), (0.4, True, True)])
@@ -221,6 +226,38 @@ def test_weights_are_kept_where_they_help(
     assert LipSync.from_pretrained(out).name == str(out)
     with pytest.raises(ValueError, match="holds a model already"):
         personalize([video], out, base=base, config=CONFIG)
+
+
+@pytest.mark.parametrize(("doubt", "kept"), [(0.02, True), (0.2, False)])
+def test_a_rise_within_its_own_error_is_none(
+    base: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doubt: float, kept: bool
+) -> None:
+    """The same rise, .5 to .6; how sure it is decides."""
+    score_of(monkeypatch, 0.5, 0.6, doubt=doubt)
+    report = personalize([video], tmp_path / "me", base=base, config=CONFIG)
+    assert report.rise_error == pytest.approx(doubt * np.sqrt(3 * 2 / 4)) and report.kept is kept
+    said = json.loads((tmp_path / "me" / "personal.json").read_text())
+    assert said["rise_error"] == pytest.approx(report.rise_error) and said["better"] is kept
+
+
+def test_the_error_of_a_rise_is_that_of_repeated_draws() -> None:
+    """The jackknife over half seconds against the spread over many held-out parts of the same process."""
+
+    def part(rng: np.random.Generator) -> tuple[rehearsal.Rehearsal, rehearsal.Rehearsal]:
+        smooth = np.ones(5) / 5
+        truth, common, own, better = (np.convolve(rng.normal(size=260), smooth, "same") for _ in range(4))
+        pairs = [[(truth + common + scale * noise, truth)] for scale, noise in ((0.6, own), (0.3, better))]
+        return agreement(pairs[0]), agreement(pairs[1])
+
+    drawn = [part(np.random.default_rng(seed)) for seed in range(150)]
+    rises = [after.r - before.r for before, after in drawn]
+    errors = [rise_error(before, after) for before, after in drawn]
+    assert len(drawn[0][0].left_out) == 22
+    assert np.median(errors) == pytest.approx(np.std(rises), rel=0.25)
+    # Pairing counts: the two figures themselves are far less certain than their difference.
+    alone = np.hypot(np.std([before.r for before, _ in drawn]), np.std([after.r for _, after in drawn]))
+    assert np.median(errors) < 0.8 * alone
+    assert rise_error(drawn[0][0], replace(drawn[0][1], left_out=())) == float("inf")
 
 
 def test_real_scores_are_made_with_the_takes(base: Path, video: Path, tmp_path: Path) -> None:
@@ -324,12 +361,14 @@ def test_the_report_is_honest(tmp_path: Path) -> None:
         held_seconds=2,
         before=before,
         after=before,
+        rise_error=0.04,
         better=False,
         kept=False,
         seconds=1,
     )
     text = as_text(report)
-    assert "did not help" in text and "0.05 before, 0.05 after" in text and "is heard" in text
+    assert "did not help" in text and "is heard" in text
+    assert "0.05 before, 0.05 after (standard error of the rise 0.040)" in text
     assert "NOT better" in as_text(replace(report, kept=True))
     better = replace(before, r=0.5)
     good = as_text(replace(report, after=better, better=True, kept=True))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import tarfile
 import wave
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from lipstream.media.speech import SpeechWindow, load_speech
 from lipstream.models.syncnet import FLAVOURS, SyncNet, prepare_frames
 from lipstream.training.judging import OfficialSync, open_sync
 from lipstream.training.samples import load_clips
+from test_batch import InLine
 
 SHOT = 30  # frames of each shot of the test video
 LATE = 3  # frames by which its sound is late
@@ -139,7 +142,7 @@ def test_filters_drop_and_say_why(tmp_path: Path) -> None:
         taken = work._Taken(stretch, np.zeros((20, 468, 3), np.float32), pictures)
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
             speech = SpeechWindow(tmp_path / "a.wav", work.BACK_SAMPLES)
-            said = work._finish(taken, speech, tar, "key", Path("a.mp4"), judge, quality)
+            said = work._finish(taken, speech, tar, "key", {"source": "a.mp4"}, judge, quality)
         return said["reason"], bool(members(tmp_path / "a.tar"))
 
     assert reason(Judge(confidence=3.0), Sharpness(0.0)) == ("", True)
@@ -352,5 +355,114 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.model"):
         open_sync(str(tmp_path / "none.model"))
     assert open_sync(None) is None and open_quality("none") is None
-    with pytest.raises(ValueError, match="do not exist"):
+    with pytest.raises(ValueError, match=r"min-frames must be .* 8 .*, got 9"):
         SegmentConfig(min_pixel_frames=9, max_pixel_frames=8)
+
+
+def made_of(video: Path, key: str, target: Path, config: PrepareConfig, *rest: Any) -> dict[str, Any]:
+    """Stands in for `prepare_video`: a video is a text with the numbers of its samples."""
+    starts, digest = video.read_text().split(), hashlib.sha256(video.read_bytes()).hexdigest()
+    suffixes = ("tex.npy", "npz", "json") if config.format == "samples" else ("mp4", "wav", "txt", "json")
+    with tarfile.open(target, "w") as tar:
+        for start in starts:
+            for suffix in suffixes:
+                told = json.dumps({"source_sha256": digest}) if suffix == "json" else f"{start} of {video.read_text()}"
+                about = tarfile.TarInfo(f"{key}_{start:0>6}.{suffix}")
+                about.size = len(told)
+                tar.addfile(about, io.BytesIO(told.encode()))
+    stretches = [{"name": f"{key}_{s:0>6}", "start": 0, "stop": 1, "reason": ""} for s in starts]
+    return {"pixel_frames": 9, "sha256": digest, "stretches": stretches}
+
+
+@pytest.mark.parametrize("form", ["webdataset", "folders", "samples"])
+def test_a_changed_video_is_cut_again_and_its_old_samples_go(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lipstream.cli.batch._scheduler", lambda *_: InLine())
+    monkeypatch.setattr(work, "prepare_video", made_of)
+    videos, out = tmp_path / "in", tmp_path / "out"
+    videos.mkdir()
+    for name, text in (("a", "1 2 3"), ("b", "1 2"), ("c", "5")):
+        (videos / f"{name}.mp4").write_text(text)
+    command = ["prepare", str(videos), "-o", str(out), "--format", form, "--shard-samples", "2", "--quality", "none"]
+    assert main(command) == 0
+
+    def names() -> list[str]:
+        """Video and start of every sample, of the index and of the files."""
+        told = [json.loads(line)["name"] for line in (out / "index.jsonl").read_text().splitlines()]
+        assert sorted(told) == sorted(packing.packed_names(out, form))  # type: ignore[arg-type]
+        return sorted(f"{name[0]}{int(name[-6:])}" for name in told)
+
+    def content(name: str) -> set[str]:
+        """What the samples of a video were cut from, read from their files."""
+        if form == "webdataset":
+            found = {n: c for shard in (out / "shards").glob("*.tar") for n, c in members(shard).items()}
+            texts = [c.decode() for n, c in found.items() if n.startswith(name) and n.endswith(".mp4")]
+        else:
+            pattern = f"samples/{name}*/sub_clip.mp4" if form == "folders" else f"{name}*.npz"
+            texts = [path.read_text() for path in out.glob(pattern)]
+        return {text.split(" of ")[1] for text in texts}
+
+    assert names() == ["a1", "a2", "a3", "b1", "b2", "c5"] and content("a") == {"1 2 3"}
+    (videos / "a.mp4").write_text("1 4")  # other bytes under the same name: sample 1 has the name that it had
+    (videos / "c.mp4").write_text("")  # nothing is left of it
+    capsys.readouterr()
+    assert main([*command, "--dry-run"]) == 1  # these are no videos, but what would be done is said
+    assert "2 would fail" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "2 videos cut, 1 were finished already" in capsys.readouterr().out
+    assert names() == ["a1", "a4", "b1", "b2"] and content("a") == {"1 4"} and content("b") == {"1 2"}
+    assert main(command) == 0
+    assert "0 videos cut, 3 were finished already" in capsys.readouterr().out and names() == ["a1", "a4", "b1", "b2"]
+    os.utime(videos / "b.mp4", (1, 1))  # touched, the same bytes: looked at again, nothing changes
+    before = {path: path.read_bytes() for path in out.rglob("*.tar")}
+    assert main(command) == 0
+    assert "1 videos cut" in capsys.readouterr().out and names() == ["a1", "a4", "b1", "b2"]
+    assert {path: path.read_bytes() for path in out.rglob("*.tar")} == before
+
+
+def test_replacing_samples_goes_on_where_a_kill_stopped_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that puts the new version into the shards is stopped before each of its renames in turn."""
+    real = packing.os.replace
+
+    def make(folder: Path) -> tuple[list[Job], Path]:
+        (folder / "out").mkdir(parents=True)
+        jobs = [Job(id=name, output=folder / f"{name}.tar") for name in ("a", "b")]
+        for text in ("1 2 3", "1 9"):
+            (folder / "in").write_text(text)
+            for job in jobs[: 2 if text == "1 2 3" else 1]:
+                made_of(folder / "in", job.id, job.output, PrepareConfig())
+            if text == "1 2 3":
+                packing.pack(jobs, folder / "out", "webdataset", 2)
+        return jobs, folder / "out"
+
+    def shards(out: Path) -> dict[str, bytes]:
+        return {name: c for shard in sorted((out / "shards").glob("*.tar")) for name, c in members(shard).items()}
+
+    jobs, out = make(tmp_path / "whole")
+    packing.pack(jobs, out, "webdataset", 2)
+    whole, stops = shards(out), 0
+    assert sorted(name[:8] for name in whole if name.endswith("mp4")) == [
+        "a_000001", "a_000009", "b_000001", "b_000002", "b_000003",
+    ]  # fmt: skip
+    while True:
+        jobs, out = make(tmp_path / f"stop{stops}")
+        left = stops
+
+        def replace(a: Path, b: Path) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            real(a, b)
+
+        monkeypatch.setattr(packing.os, "replace", replace)
+        try:
+            packing.pack(jobs, out, "webdataset", 2)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+            monkeypatch.setattr(packing.os, "replace", real)
+            packing.pack(jobs, out, "webdataset", 2)
+            assert shards(out) == whole
+    assert stops >= 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lipstream.faces.canvas import Alignment, FaceCanvas
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.mouth import CanvasFrame, MouthModel, Take
+from lipstream.options import SyncOptions
 from lipstream.pipeline import LipSync
 from lipstream.session import Face, Observed, Observer, Session, SpeechRows
 from tiny import tiny_mouth_model
@@ -132,7 +134,7 @@ def test_a_video_without_a_face_is_one_clear_error_and_no_file(
             frame = av.VideoFrame.from_ndarray(np.full((96, 96, 3), 120, np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(MediaError, match="no face"):
+    with pytest.raises(MediaError, match=r"no face in any of its 30 frames; .* scores 0\.\d\d of 1.*drawn characters"):
         lipsync(path, short_speech, tmp_path / "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["grey.mp4"]
@@ -206,3 +208,39 @@ def test_a_face_that_suddenly_looks_different_in_the_same_place_is_a_cut() -> No
         stored = picture.reformat(format="yuv420p")
         frames[frame.index] = dataclasses.replace(frame, stored=stored)
     assert [observer.step(frame).cut for frame in frames] == [False, False, False, True, False, False]
+
+
+def test_frames_without_a_face_pass_untouched_and_are_reported(
+    lipsync: LipSync, short_speech: Path, tmp_path: Path
+) -> None:
+    """A wall for ten frames of a 29.97 fps clip: the same frames, the same times, the wall as it was, and a report."""
+    rate, clip = Fraction(30000, 1001), tmp_path / "gap.mkv"
+    images = [frame.image for frame, _ in zip(VideoReader(DEMO / "clip.mp4"), range(34), strict=False)]
+    wall = np.tile(np.linspace(40, 90, images[0].shape[1], dtype=np.uint8)[None, :, None], (images[0].shape[0], 1, 3))
+    with av.open(str(clip), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
+        stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], "yuv420p"
+        for index, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(wall if 12 <= index < 22 else image, format="rgb24")
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    options = SyncOptions(quality="lossless", fit="video")
+    report = lipsync(clip, short_speech, tmp_path / "out.mkv", options=options)
+    source, written = list(VideoReader(clip)), list(VideoReader(tmp_path / "out.mkv"))
+    assert [frame.seconds for frame in written] == [frame.seconds for frame in source] and len(written) == 34
+    assert report.passed_through == ((12, 22),) and report.synced_frames == 24
+    for before, after in zip(source[12:22], written[12:22], strict=True):
+        np.testing.assert_array_equal(before.stored.to_ndarray(), after.stored.to_ndarray())
+    assert (source[4].stored.to_ndarray() != written[4].stored.to_ndarray()).any()
+
+
+def test_a_stream_that_is_left_stops_all_stages(lipsync: LipSync, short_speech: Path) -> None:
+    """Other words can begin as soon as the old stream is closed: nothing of it goes on in the background."""
+    before = set(threading.enumerate())
+    stream = lipsync.stream(DEMO / "clip.mp4", short_speech)
+    for _ in range(3):
+        next(stream)
+    assert set(threading.enumerate()) > before  # it reads and tracks ahead
+    stream.close()
+    assert set(threading.enumerate()) == before

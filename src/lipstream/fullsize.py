@@ -33,6 +33,7 @@ from lipstream.diffusion.rollout import NoiseSource, Rollout, RolloutSnapshot
 from lipstream.faces.mouth_mask import MouthMask
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES
 from lipstream.models.dit import Conditions, DiT
+from lipstream.models.pixels import masked, normalised
 from lipstream.streaming.base import Snapshot
 
 CELL_PX = 8  # pixels per latent cell
@@ -142,17 +143,6 @@ class TakeSnapshot:
     codecs: tuple[Snapshot, Snapshot, Snapshot]
     audio: Snapshot
     reference: Tensor | None = field(repr=False)
-
-
-def normalised(crops: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Crops [F, H, W, 3] uint8 -> [1, 3, F, H, W] float32 in -1..1, by the official rule v / 255 * 2 - 1."""
-    pixels = torch.from_numpy(np.stack(list(crops))).to(device)
-    return rearrange(pixels, "f h w c -> 1 c f h w").float() / 255 * 2 - 1
-
-
-def masked(frames: Tensor, kept_pixels: Tensor) -> Tensor:
-    """Zero the mouth of *normalised* frames [1, 3, F, H, W]: mid grey, not black."""
-    return frames * kept_pixels
 
 
 class FullSizeTake:

@@ -20,8 +20,9 @@ own workspace comes on top, for which `check_memory` keeps a margin. No figure h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -29,6 +30,7 @@ from lipstream.diffusion.lengths import CHUNK_LATENT_FRAMES
 from lipstream.models.dit_config import DiTConfig
 
 Codec = Literal["wan", "tae"]
+SPEECH_BYTES = 377_607_901  # wav2vec2-base, float32
 
 MARGIN = 0.05  # for workspace and fragmentation: a choice, not a measurement
 _PARTS = ("weights", "speech", "kv_cache", "text_kv", "codec_state", "activations")
@@ -148,6 +150,30 @@ def memory_need(request: MemoryRequest) -> MemoryNeed:
         codec_state=per_number * request.takes * pixels * (2 * encoder.encoder_state + decoder.decoder_state),
         activations=per_number * max(denoise, pixels * encoder_peak, pixels * decoder.decoder_peak),
     )
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """What one size takes in one precision with one decoder, bytes; all but the weights grow with the crop."""
+
+    model: str
+    dtype: str
+    decoder: Codec
+    weights: int
+    total: int
+
+
+def memory_table(configs: Mapping[str, DiTConfig], size: int = 512) -> list[MemoryRow]:
+    """Needs of official sizes in every precision and with both decoders, one stream, official speech network."""
+    rows = []
+    for name, config in configs.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            for decoder in get_args(Codec):
+                need = memory_need(
+                    MemoryRequest(config=config, dtype=dtype, size=size, decoder=decoder, speech_bytes=SPEECH_BYTES)
+                )
+                rows.append(MemoryRow(name, str(dtype).removeprefix("torch."), decoder, need.weights, need.total))
+    return rows
 
 
 def check_memory(need: MemoryNeed, available: int, *, margin: float = MARGIN) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lipstream.media.encoder import Quality
 from lipstream.media.timeline import FILLS, Fit, Length
@@ -16,6 +16,19 @@ Silence = Literal["close", "source", "model"]
 
 MAX_DELAY_MS = 3_600_000
 MAX_STRENGTH = 2.0
+
+
+class OptionError(ValueError):
+    """A value out of an option's range.
+
+    Attributes:
+        option: its name as on the command line, without dashes in front.
+        value, problem: what was given and what is allowed.
+    """
+
+    def __init__(self, option: str, value: Any, problem: str) -> None:
+        self.option, self.value, self.problem = option, value, problem
+        super().__init__(f"{option} {problem}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +86,13 @@ class SyncOptions:
             fills = ", ".join(FILLS[self.resolved_fit])
             raise ValueError(f"length '{self.length}' does not go with fit '{self.fit}', which takes one of {fills}")
         if abs(self.audio_delay_ms) > MAX_DELAY_MS:
-            raise ValueError(f"audio delay must lie within {MAX_DELAY_MS} ms either way, got {self.audio_delay_ms}")
+            raise OptionError("audio-delay", self.audio_delay_ms, f"must lie within {MAX_DELAY_MS} ms either way")
         if self.audio_track is not None and self.audio_track < 1:
-            raise ValueError(f"audio tracks count from 1, got {self.audio_track}")
+            raise OptionError("audio-track", self.audio_track, "must be at least 1: tracks count from there")
         if self.crf is not None and not 0 <= self.crf <= 51:
-            raise ValueError(f"crf must lie in 0..51, got {self.crf}")
+            raise OptionError("crf", self.crf, "must lie in 0..51")
         if self.crf is not None and self.quality == "lossless":
-            raise ValueError(f"quality 'lossless' takes no crf, got {self.crf}")
+            raise OptionError("crf", self.crf, "must be left out with quality 'lossless'")
         if self.copy_unchanged and self.quality == "lossless":
             raise ValueError(
                 "copy_unchanged does not go with quality 'lossless', which changes nothing anyway; choose one"
@@ -87,7 +100,7 @@ class SyncOptions:
         if self.copy_unchanged and self.isolate:
             raise ValueError("copy_unchanged does not go with isolate: it decodes packets here; choose one")
         if not 0 <= self.strength <= MAX_STRENGTH:
-            raise ValueError(f"strength must lie in 0..{MAX_STRENGTH:g}, got {self.strength}")
+            raise OptionError("strength", f"{self.strength:g}", f"must lie in 0..{MAX_STRENGTH:g}")
         speakers = [parse_speaker(text) for text in (self.speaker, *(name for name, _ in self.voices))]
         for i, speaker in enumerate(speakers):
             if speaker in speakers[:i]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from lipstream.checkpoints.hashing import record_file
 from lipstream.checkpoints.networks import load_dit, save_dit
-from lipstream.evaluation.rehearsal import Rehearsal, Spoken, rehearse
+from lipstream.evaluation.rehearsal import Rehearsal, Spoken, rehearse, rise_error
 from lipstream.faces.canvas import FaceCanvas
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
@@ -47,7 +48,9 @@ log = logging.getLogger(__name__)
 LEAST_SECONDS = 8  # of a face and speech; two are held out, which says little
 MOST_SECONDS = 180  # what lies beyond is not read: memory (2 MB a second) and minutes
 LEAST_LOUDNESS = 1e-3  # root mean square; below it nobody speaks
-WORTH_R = 0.01  # a smaller rise is no reason to give up the general weights
+# Standard errors of the rise that are needed; docs/personalize.md says why not more: a few held-out seconds cannot show
+# it, and of weights that change nothing three in ten pass as it is.
+WORTH_ERRORS = 0.5
 JUDGED_FRAMES = 500  # of the held-out part, or a little more
 RUN = "unfinished"  # folder inside the result's; removed when it is done
 PARTS = ("dit.safetensors", "speech.safetensors", "codec.safetensors")  # the last one makes a folder a model
@@ -63,7 +66,9 @@ class PersonalReport:
     Attributes:
         train_seconds, held_seconds: of video that was trained on, and that was judged by.
         before, after: the general and the personal weights on the held-out part.
-        better: whether the personal ones follow better there; kept: whether the folder has them.
+        rise_error: standard error of the rise of the correlation, over the half seconds of the held-out part.
+        better: whether the personal ones follow better there, by more than `WORTH_ERRORS` times that.
+        kept: whether the folder has them.
     """
 
     folder: Path
@@ -71,6 +76,7 @@ class PersonalReport:
     held_seconds: float
     before: Rehearsal
     after: Rehearsal
+    rise_error: float
     better: bool
     kept: bool
     seconds: float
@@ -130,13 +136,15 @@ def personalize(
     learned = _learn(run, model, clips, source, config, seed, tell)
     tell("judging the personal model", 0, None)
     after = rehearse(learned, takes, seed)
-    better = after.r >= before.r + WORTH_R
+    doubt = rise_error(before, after)
+    better = after.r - before.r > WORTH_ERRORS * doubt
     report = PersonalReport(
         folder=folder,
         train_seconds=sum(map(len, split.train)) / MODEL_FPS,
         held_seconds=sum(len(take.speech) for take in takes) / MODEL_FPS,
         before=before,
         after=after,
+        rise_error=doubt,
         better=better,
         kept=better or keep_anyway,
         seconds=time.monotonic() - started,
@@ -264,6 +272,8 @@ def _write(report: PersonalReport, source: Path, run: Path) -> None:
     """Make a model of the folder: the codec, which makes it one, comes last."""
     sources = [run / PARTS[0] if report.kept else source / PARTS[0], *(source / part for part in PARTS[1:])]
     figures = asdict(report) | {"folder": report.folder.name}
+    if not math.isfinite(report.rise_error):  # JSON knows no infinity
+        figures["rise_error"] = None
     (report.folder / "personal.json").write_text(json.dumps(figures, indent=1) + "\n")
     for part in sources:
         temporary = report.folder / f"{part.name}.tmp"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 import traceback
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 log = logging.getLogger(__name__)
+
+MOST_NAME_BYTES = 255  # of a file's name, on every common file system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,10 @@ class Job:
 
     def staging(self) -> Path:
         """The folder in which the worker makes the file; hidden, and beside the result."""
-        return self.output.parent / f".{self.output.name}.batch"
+        name = f".{self.output.name}.batch"
+        if len(os.fsencode(name)) > MOST_NAME_BYTES:  # the result's own name may have them all
+            name = f".{hashlib.sha256(os.fsencode(self.output.name)).hexdigest()[:32]}.batch"
+        return self.output.parent / name
 
     def staged(self) -> Path:
         """The finished file before it gets its name."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,10 @@ def read_manifest(path: Path) -> list[Item]:
     problems: list[str] = []
     items: list[Item] = []
     outputs: dict[str, int] = {}
-    columns = (*PATHS, *field_names(SyncOptions))
     for line, row in _rows(path):
-        unknown = [str(name) for name in row if name not in columns]
+        unknown = _unknown(row)
         if unknown:
-            problems.append(f"{path}: line {line}: unknown column '{unknown[0]}'; known are {', '.join(columns)}")
+            problems.append(f"{path}: line {line}: {unknown}")
             continue
         try:
             item = _item(path.parent.absolute(), line, row)
@@ -160,6 +159,13 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> di
     return found
 
 
+def _unknown(names: Iterable[Any]) -> str:
+    """What is wrong with the columns' names; empty where nothing is."""
+    columns = (*PATHS, *field_names(SyncOptions))
+    unknown = [str(name) for name in names if name not in columns]
+    return f"unknown column '{unknown[0]}'; known are {', '.join(columns)}" if unknown else ""
+
+
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, columns) of every item, blank lines left out."""
     try:
@@ -180,7 +186,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(text.splitlines(keepends=True), skipinitialspace=True)
     header: list[str] | None = None
-    for cells in reader:
+    for cells in _parsed(path, reader):
         if not any(cell.strip() for cell in cells):
             continue
         if header is None:
@@ -190,14 +196,32 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 found = ", ".join(header)
                 text = f"has no column '{missing[0]}' (only {found}); name it in the first line"
                 raise ManifestError([f"{path}: line {reader.line_num}: {text}"])
-            if len(set(header)) < len(header):
-                raise ManifestError([f"{path}: line {reader.line_num}: a column is named twice; take one away"])
+            twice = [name for name in header if header.count(name) > 1]
+            if twice:
+                raise ManifestError(
+                    [f"{path}: line {reader.line_num}: column '{twice[0]}' is named twice; take one away"]
+                )
+            unknown = _unknown(header)
+            if unknown:
+                raise ManifestError([f"{path}: line {reader.line_num}: {unknown}"])
             continue
         if len(cells) > len(header):
             raise ManifestError(
                 [f"{path}: line {reader.line_num}: has {len(cells)} values for {len(header)} columns; quote commas"]
             )
         yield reader.line_num, dict(zip(header, cells, strict=False))
+
+
+def _parsed(path: Path, reader: Any) -> Iterator[list[str]]:
+    """The lines of a CSV reader, its errors with the line."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = f"cannot be read as CSV ({error}); check its quotes"
+            raise ManifestError([f"{path}: line {reader.line_num}: {problem}"]) from None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

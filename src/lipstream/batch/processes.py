@@ -135,15 +135,29 @@ class ProcessScheduler:
 
     def _spawn(self, number: int) -> _Slot:
         here, there = self._context.Pipe()
-        arguments = (self._factory, number, there, self._lock)
+        arguments = (self._factory, number, there, self._lock, log_level())
         process = self._context.Process(target=_work, args=arguments, name=f"lipstream-batch-{number}", daemon=True)
         process.start()
         there.close()
         return _Slot(process, here)
 
 
-def _work(factory: Factory, number: int, pipe: Connection, lock: Path | None) -> None:
+def log_level() -> int | None:
+    """What this process logs; None where nobody has asked for a log."""
+    root = logging.getLogger()
+    return root.getEffectiveLevel() if root.handlers else None
+
+
+def log_as_parent(level: int | None, number: int) -> None:
+    """Make a worker log what its run logs (`-v`), with its number."""
+    if level is not None:
+        form = f"%(levelname)s worker {number} %(name)s: %(message)s"
+        logging.basicConfig(level=level, format=form, stream=sys.stderr, force=True)
+
+
+def _work(factory: Factory, number: int, pipe: Connection, lock: Path | None, level: int | None) -> None:
     """A worker's life."""
+    log_as_parent(level, number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops its workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with shared_lock(lock):

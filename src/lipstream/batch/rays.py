@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lipstream.batch.jobs import Factory, Job, Outcome, attempt
-from lipstream.batch.processes import MAX_STILLBORN
+from lipstream.batch.processes import MAX_STILLBORN, log_as_parent, log_level
 from lipstream.batch.state import shared_lock
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,8 @@ _CLUSTER_PATIENCE_SECONDS = 600.0  # a cluster may have to start machines first
 class _Labourer:
     """What an actor is made of: it loads once, then takes job after job."""
 
-    def __init__(self, factory: Factory, number: int, lock: Path | None) -> None:
+    def __init__(self, factory: Factory, number: int, lock: Path | None, level: int | None) -> None:
+        log_as_parent(level, number)
         self._hold = shared_lock(lock if lock is not None and lock.exists() else None)
         self._hold.__enter__()
         self._problem, self._work = "", None
@@ -124,7 +125,7 @@ class RayScheduler:
 
     def _create(self, number: int) -> Any:
         remote = self._ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0)(_Labourer)
-        return remote.remote(self._factory, number, self._lock)
+        return remote.remote(self._factory, number, self._lock, log_level())
 
     def _await(self, number: int) -> None:
         """Wait until an actor has loaded.
@@ -152,7 +153,7 @@ class RayScheduler:
 def _connect(ray: Any, address: str | None, workers: int) -> None:
     if address is not None and ":" in address:
         _knock(address)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet = {"log_to_driver": log.isEnabledFor(logging.INFO), "logging_level": logging.ERROR}
     try:
         if address is None:
             ray.init(num_cpus=workers, include_dashboard=False, **quiet)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from lipstream.batch.jobs import Factory, Job, Outcome, Scheduler, identity
 from lipstream.batch.state import Record, StateFile
+from lipstream.options import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         if self.retries < 0:
-            raise ValueError(f"retries must not be negative, got {self.retries}")
+            raise OptionError("retries", self.retries, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,23 +25,48 @@ POCKET = Path(__file__).parent.parent / "assets" / "pocket"
 PAPER_CLIPS = 10
 PAPER_SCALE = 4.5
 T = TypeVar("T")
+DESCRIPTION = (
+    "Run TEACHER over clips that it has not seen, once without and once with audio guidance, step by step, and find "
+    "where guidance buys synchronisation and what it costs in fidelity. What follows is printed and drawn: the steps "
+    "in which to guide a distillation (or that none is worth it), and the step at which a student of two calls should "
+    "land. Needs pip install '.[analysis]'. A stopped run is continued by the same command."
+)
+EPILOG = "Written to OUT: curves.json (every number), tradeoff.png, factorial.png. The method is in docs/analysis.md."
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `analyze` to the main parser's sub-parsers."""
-    parser = subparsers.add_parser("analyze", help="a teacher's trajectory: guidance window and landing step")
+    about = "a teacher's trajectory: guidance window and landing step"
+    parser = subparsers.add_parser("analyze", help=about, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--model", type=Path, required=True, metavar="TEACHER", help="weights of a bidirectional DiT")
-    parser.add_argument("--samples", type=Path, nargs="+", required=True, metavar="DIR", help="training samples")
+    parser.add_argument(
+        "--samples", type=Path, nargs="+", required=True, metavar="DIR", help="folders of training samples"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder; a run is continued")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="clips or speakers (default: those left out)")
     parser.add_argument("--limit", type=positive, default=PAPER_CLIPS, help="clips (default: 10, as in the paper)")
     parser.add_argument("--scale", type=float, help="guidance (default: the teacher's own, or the paper's 4.5)")
     parser.add_argument("--steps", type=positive, default=50, help="of the teacher's grid (default: 50)")
-    parser.add_argument("--landings-every", type=positive, default=1, metavar="N", help="every Nth landing only")
-    parser.add_argument("--codec", type=Path, default=POCKET / "codec.safetensors", help="(default: the built-in one)")
-    parser.add_argument("--speech", type=Path, default=POCKET / "speech.safetensors", help="(default: built-in)")
+    parser.add_argument(
+        "--landings-every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="try only every Nth step as landing (default: all)",
+    )
+    parser.add_argument(
+        "--codec", type=Path, default=POCKET / "codec.safetensors", help="its codec (default: built-in)"
+    )
+    parser.add_argument(
+        "--speech", type=Path, default=POCKET / "speech.safetensors", help="its speech encoder (default: built-in)"
+    )
     syncnet = str(POCKET / "syncnet.safetensors")
-    parser.add_argument("--syncnet", default=syncnet, metavar="FILE", help="(default: built-in), or none")
+    parser.add_argument(
+        "--syncnet",
+        default=syncnet,
+        metavar="FILE",
+        help="scores synchronisation (default: built-in), or none: the lip gap's correlation stands in",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
     add_verbose(parser)

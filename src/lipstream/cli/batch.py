@@ -7,7 +7,7 @@ $ lipstream batch --videos talks --audios speech --out synced --dry-run
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lipstream.cli.common import (
     EXIT_FAILED,
     EXIT_OK,
+    Heartbeat,
     UsageError,
     add_full_size,
     add_model,
@@ -59,7 +60,12 @@ def add_parser(subparsers: Any) -> None:
 def add_running(parser: argparse.ArgumentParser) -> None:
     """The options of every command that runs many jobs."""
     group = parser.add_argument_group("running")
-    group.add_argument("--workers", type=positive, metavar="N", help="jobs at a time (default: half the CPU cores)")
+    group.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="jobs at a time (default: half the CPU cores; on GPUs one each)",
+    )
     group.add_argument("--retries", type=int, default=2, help="more attempts after a crash (default: 2)")
     group.add_argument("--report", type=Path, metavar="FILE", help="state of every item, JSON lines")
     group.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
@@ -88,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = sync_jobs(items)
     if args.dry_run:
         return dry_run(jobs, report, config, _wrong(items))
-    factory = SyncFactory(loading=loading, gpus=_gpus(args))
+    factory = SyncFactory(loading=loading, gpus=gpus_of(args))
     summary = run_all(args, jobs, report, config, factory, gpus=1 if str(args.device).startswith("cuda") else 0)
     return say(summary, report, "synced")
 
@@ -157,9 +163,7 @@ def dry_run(
 
 @contextmanager
 def show_items() -> Iterator[Callable[[BatchProgress], None]]:
-    """A bar with items, failures and time left on standard error; a line per minute where that is no terminal."""
-    import time
-
+    """A bar with items, failures and time left on standard error; a line now and then where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -170,27 +174,23 @@ def show_items() -> Iterator[Callable[[BatchProgress], None]]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[more]}"),
     )
-    said = time.monotonic()
+    beat = Heartbeat()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("items", total=None, more="")
 
         def report(now: BatchProgress) -> None:
-            nonlocal said
             more = f"{now.running} running"
             more += f", {now.failed} failed" if now.failed else ""
             more += f", {clock(now.seconds_left)} left" if now.seconds_left is not None else ""
             bar.update(task, total=now.total, completed=now.done + now.failed, more=more)
-            if not console.is_terminal and time.monotonic() - said >= 60:
-                said = time.monotonic()
-                print(f"{now.done + now.failed} of {now.total} items, {more}", file=sys.stderr, flush=True)
+            if not console.is_terminal:
+                beat(f"{now.done + now.failed} of {now.total} items, {more}")
 
         yield report
 
 
 def _scheduler(args: argparse.Namespace, jobs: int, gpus: float) -> Scheduler:
-    import os
-
-    workers = args.workers or max(1, min((os.cpu_count() or 1) // 2, jobs))
+    workers = args.workers or min(default_workers(getattr(args, "device", None)), max(1, jobs))
     if args.ray is not None:
         from lipstream.batch.rays import RayScheduler
 
@@ -198,6 +198,16 @@ def _scheduler(args: argparse.Namespace, jobs: int, gpus: float) -> Scheduler:
     from lipstream.batch.processes import ProcessScheduler
 
     return ProcessScheduler(workers)
+
+
+def default_workers(device: str | None) -> int:
+    """How many jobs this machine takes at a time: a loaded model a GPU, or one for two of the cores we may use."""
+    if device is not None and device.startswith("cuda"):
+        import torch
+
+        return 1 if ":" in device else max(1, torch.cuda.device_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 2)
 
 
 def _items(args: argparse.Namespace) -> list[Item]:
@@ -225,7 +235,7 @@ def _wrong(items: list[Item]) -> dict[str, str]:
     return {str(item.output): problem for item, problem in check_inputs(items).items()}
 
 
-def _gpus(args: argparse.Namespace) -> int:
+def gpus_of(args: argparse.Namespace) -> int:
     """GPUs that the workers of this machine share out; Ray does that itself."""
     if args.device != "cuda" or args.ray is not None:
         return 0

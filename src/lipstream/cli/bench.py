@@ -3,6 +3,7 @@
 $ lipstream bench                                                # the model inside, on this CPU
 $ lipstream bench --model 1.3b --layers 2 --chunks 5 --starts 3  # 1.3B-wide blocks where all of them are too many
 $ lipstream bench --model 14b --device cuda --json 14b.json      # random weights: speed does not depend on them
+$ lipstream bench --memory                                       # what the official sizes take; loads nothing
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,23 @@ if TYPE_CHECKING:  # torch loads when the command runs
     from lipstream.evaluation.bench import BenchReport, SpeedFigures
 
 NOT_MEASURED = "not measured"
+DESCRIPTION = (
+    "Run a model on this machine without any video and print its frames per second (cold and warm apart), the time to "
+    "the first frame, what each stage of a chunk takes, and memory. Official sizes run with random weights: speed does "
+    "not depend on them, and nothing is downloaded. Face finding, reading and writing of video are not part of it; "
+    "`lipstream evaluate speed CLIP` measures everything."
+)
+EPILOG = (
+    "Every line of the output says what it is: `live` is pixels in to pixels out, `prepared` the same with the source "
+    "encoded before, `chunk` 12 frames (0.48 s of video). Close other programs first; the load average is printed."
+)
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `bench` to the main parser's sub-parsers."""
-    parser = subparsers.add_parser("bench", help="how fast a model runs on this machine, stage by stage")
+    parser = subparsers.add_parser(
+        "bench", help="how fast a model runs on this machine, stage by stage", description=DESCRIPTION, epilog=EPILOG
+    )
     parser.add_argument("--model", default="pocket", help="pocket (default), 1.3b, 14b or test")
     parser.add_argument("--device", default="cpu", help="torch device: cpu (default), cuda, cuda:1")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
@@ -40,6 +54,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--join-clean", action="store_true", help="clean pass together with the next chunk's first call"
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="only print what the official sizes take, by precision and decoder"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every figure to a file")
     add_verbose(parser)
     parser.set_defaults(run=run)
@@ -47,6 +64,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `lipstream bench`; returns the exit status."""
+    if args.memory:
+        return _memory(args)
     import torch
 
     from lipstream.evaluation.bench import BenchConfig, bench
@@ -68,6 +87,25 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(report.as_dict(), indent=1))
     show(report)
+    return EXIT_OK
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from lipstream.memory import MARGIN, memory_table
+    from lipstream.models.dit import FLAVOURS
+
+    rows = memory_table({name: FLAVOURS[name] for name in ("1.3b", "14b")}, args.size or 512)
+    table = Table("model", "precision", "decoder", "weights", "all", "free memory wanted")
+    for row in rows:
+        sizes = [size_text(count) for count in (row.weights, row.total, row.total * (1 + MARGIN))]
+        table.add_row(row.model, row.dtype, row.decoder, *sizes)
+    Console(width=100).print(table)
+    size = args.size or 512
+    print(
+        f"counted for one stream of {size} px, not measured on a GPU; float16 is as bfloat16; sync checks its own need"
+    )
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return EXIT_OK
 
 

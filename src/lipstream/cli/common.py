@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,8 @@ EXIT_FAILED = 1  # a check failed, or a bug of ours
 EXIT_USAGE = 2  # the user's mistake: arguments or files
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+
+HEARTBEAT_SECONDS = 30.0  # between lines of progress where there is no terminal to draw a bar on
 
 
 class UsageError(ValueError):
@@ -148,7 +151,7 @@ def silence_tflite() -> None:
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[Progress], None]]:
-    """A bar with stage, frames, speed and time left on standard error; nothing where that is no terminal."""
+    """A bar with stage, frames, speed and time left on standard error; without a terminal a line now and then."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -156,44 +159,49 @@ def show_progress() -> Iterator[Callable[[Progress], None]]:
         TextColumn("{task.fields[speed]}"),
         TextColumn("{task.fields[left]}"),
     )
-    console = Console(stderr=True)
+    console, beat = Console(stderr=True), Heartbeat()
     with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("starting", total=None, frames="", speed="", left="")
 
         def report(progress: Progress) -> None:
             total = progress.total_frames
+            frames = f"{progress.done_frames}/{total or '?'} frames"
+            speed = f"{progress.fps:.1f} frames/s" if progress.fps else ""
+            left = "" if progress.seconds_left is None else f"{clock(progress.seconds_left)} left"
             bar.update(
                 task,
                 description=escape(progress.stage),
                 completed=progress.done_frames,
                 total=total,
-                frames=f"{progress.done_frames}/{total or '?'} frames",
-                speed=f"{progress.fps:.1f} frames/s" if progress.fps else "",
-                left="" if progress.seconds_left is None else f"{clock(progress.seconds_left)} left",
+                frames=frames,
+                speed=speed,
+                left=left,
             )
+            if not console.is_terminal:
+                beat(f"{progress.stage}: {', '.join(filter(None, (frames, speed, left)))}")
 
         yield report
 
 
 @contextmanager
 def show_bytes() -> Iterator[Report]:
-    """A bar for large files on standard error: stage, bytes, speed, time left; nothing where that is no terminal."""
-    with _stages(DownloadColumn(), TransferSpeedColumn()) as report:
+    """A bar for large files on standard error: stage, bytes, speed, time left; see :func:`show_progress`."""
+    with _stages(size_text, DownloadColumn(), TransferSpeedColumn()) as report:
         yield report
 
 
 @contextmanager
 def show_steps() -> Iterator[Report]:
     """The same for work that is counted in frames or steps."""
-    with _stages(MofNCompleteColumn()) as report:
+    with _stages(lambda count: f"{count:.0f}", MofNCompleteColumn()) as report:
         yield report
 
 
 @contextmanager
-def _stages(*counts: ProgressColumn) -> Iterator[Report]:
+def _stages(as_text: Callable[[float], str], *counts: ProgressColumn) -> Iterator[Report]:
     """A bar that shows one stage at a time."""
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
-    console = Console(stderr=True)
+    console, beat = Console(stderr=True), Heartbeat()
     with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -204,8 +212,22 @@ def _stages(*counts: ProgressColumn) -> Iterator[Report]:
                 tasks.clear()
                 tasks[stage] = bar.add_task(escape(stage), total=total_bytes)
             bar.update(tasks[stage], completed=done_bytes, total=total_bytes)
+            if not console.is_terminal:
+                beat(f"{stage}: {as_text(done_bytes)}" + (f" of {as_text(total_bytes)}" if total_bytes else ""))
 
         yield report
+
+
+class Heartbeat:
+    """Says a line on standard error, but not more often than every so many seconds: a sign of life in a log."""
+
+    def __init__(self, every_seconds: float = HEARTBEAT_SECONDS, now: Callable[[], float] = time.monotonic) -> None:
+        self._every, self._now, self._said = every_seconds, now, now()
+
+    def __call__(self, line: str) -> None:
+        if self._now() - self._said >= self._every:
+            self._said = self._now()
+            print(line, file=sys.stderr, flush=True)
 
 
 def clock(time_seconds: float) -> str:

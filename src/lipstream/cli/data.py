@@ -1,4 +1,8 @@
-"""`lipstream data`: make training data. `lipstream data synthesize --hours H --seed S OUT` draws talking heads."""
+"""`lipstream data`: make training data.
+
+$ lipstream data synthesize --hours H --seed S OUT     # draws talking heads
+$ lipstream data encode DATA                           # samples of `lipstream prepare` for the official sizes
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lipstream.cli import encode
 from lipstream.cli.common import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, print_error
 from lipstream.data.synthetic.generate import SynthesisConfig, synthesize
 from lipstream.data.synthetic.requirements import MissingRequirementError
@@ -26,7 +31,8 @@ def add_parser(subparsers: Any) -> None:
     make.add_argument("--seed", type=int, required=True, help="the same seed gives the same people and sentences")
     make.add_argument("--size", type=int, default=256, help="picture size in pixels (default 256)")
     make.add_argument("--clip-seconds", type=float, default=5.0, help="length of a clip (default 5)")
-    data.set_defaults(run=run)
+    make.set_defaults(run=run)
+    encode.add_parser(actions)
 
 
 def run(args: argparse.Namespace) -> int:

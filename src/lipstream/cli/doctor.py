@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import platform
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -30,22 +32,37 @@ DISK_WARN, DISK_FAIL = 1_000_000_000, 100_000_000  # bytes
 WEIGHTS = ("codec.safetensors", "dit.safetensors", "speech.safetensors")
 REAL_TIME = 25.0  # frames per second
 SPEED_FRAMES = 75  # 3 s of video: enough to leave the first chunk's warm-up behind
-STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "off": "dim"}
+EXTRAS = {  # what cannot be done without them; a test compares the names with pyproject.toml
+    "synth": "lipstream data synthesize: synthetic people (also needs the programs flite and espeak-ng)",
+    "full": "the official sizes (1.3B, 14B) and their text encoder",
+    "hub": "uploading model folders",
+    "analysis": "the figures of lipstream analyze",
+    "train": "LoRA training of the official sizes",
+    "ray": "lipstream batch --ray: many machines",
+}
+LANGUAGES = (
+    "any is taken: no text, only sounds. Learned from an English teacher, real voices in English, Spanish, French, "
+    "Italian and Russian, synthetic ones in some 40 languages; measured on English only. Official sizes: an English "
+    "encoder (wav2vec2-base-960h)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The result of one check; `fix` is empty when all is well."""
+    """The result of one check; `fix` is empty when all is well. `off`: not installed, and not needed for `sync`."""
 
     name: str
-    status: Literal["ok", "warn", "fail"]
+    status: Literal["ok", "warn", "fail", "off"]
     detail: str
     fix: str = ""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `doctor` to the main parser's sub-parsers."""
-    about = "Check Python, torch, codecs, face networks, weights and disk, and measure the speed on the demo clip."
+    about = (
+        "Check Python, torch, codecs, face networks, weights, disk, optional parts; measure the speed on the demo clip."
+    )
     parser = subparsers.add_parser("doctor", help="check this machine and measure its speed", description=about)
     parser.add_argument("--no-speed", action="store_true", help="leave out the measured run (a few seconds)")
     add_verbose(parser)
@@ -76,6 +93,8 @@ def examine(*, speed: bool = True) -> Iterator[Finding]:
         ("faces", check_faces),
         ("weights", check_weights),
         ("disk", check_disk),
+        ("extras", check_extras),
+        ("languages", check_languages),
     ]
     if speed:
         checks.append(("speed", check_speed))
@@ -177,6 +196,43 @@ def check_disk() -> Iterator[Finding]:
     status: Literal["ok", "warn", "fail"] = "ok" if free >= DISK_WARN else "warn" if free >= DISK_FAIL else "fail"
     fix = "" if status == "ok" else "free some space, or write the result to another disk"
     yield Finding(name="disk", status=status, detail=f"{size_text(free)} free in {Path.cwd()}", fix=fix)
+
+
+def check_extras() -> Iterator[Finding]:
+    """The optional parts: what each is for, and how to get what is missing."""
+    for extra, what in EXTRAS.items():
+        missing = [name for name in packages_of(extra) if not _installed(name)]
+        if missing:
+            # Brackets would be taken for a style.
+            fix = f"in the clone: pip install -c constraints.txt '.\\[{extra}]'"
+            detail = f"{what}; not installed: {', '.join(missing)}"
+            yield Finding(name=f"extra {extra}", status="off", detail=detail, fix=fix)
+        else:
+            yield Finding(name=f"extra {extra}", status="ok", detail=what)
+
+
+def packages_of(extra: str) -> list[str]:
+    """The packages that an extra adds, as the installed package declares them."""
+    found = []
+    for line in metadata.requires("lipstream") or []:
+        requirement, _, marker = line.partition(";")
+        name = re.match(r"[A-Za-z0-9._-]+", requirement.strip())
+        if name and re.search(rf"extra *== *['\"]{re.escape(extra)}['\"]", marker):
+            found.append(name.group())
+    return found
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def check_languages() -> Iterator[Finding]:
+    """Which languages the speech encoders have heard."""
+    yield Finding(name="languages", status="ok", detail=LANGUAGES)
 
 
 def check_speed() -> Iterator[Finding]:

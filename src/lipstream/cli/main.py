@@ -38,6 +38,7 @@ from lipstream.cli.common import (
     print_error,
     set_logging,
 )
+from lipstream.options import OptionError
 
 DESCRIPTION = "Give a talking video other words: the lips follow any speech, everything else stays as it is."
 EPILOG = "Try `lipstream demo` first, then `lipstream sync VIDEO AUDIO -o OUT`. `lipstream doctor` checks this machine."
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except _TerminatedError:
         return EXIT_TERMINATED
+    except OptionError as error:
+        return _fail(f"--{error.option} {error.value}: {error.problem}", EXIT_USAGE, verbose)
     except (ValueError, OSError) as error:  # what the rooms below raise for callers: files and values
         return _fail(_text(error), EXIT_USAGE, verbose)
     except Exception as error:

@@ -91,7 +91,8 @@ def as_text(report: PersonalReport) -> str:
     lines = [
         f"trained on {report.train_seconds:.1f} s, judged on {report.held_seconds:.1f} s that were not trained on "
         f"(own speech onto the reversed face), in {clock(report.seconds)}",
-        f"lips follow the speech (correlation): {before.r:.2f} before, {after.r:.2f} after",
+        f"lips follow the speech (correlation): {before.r:.2f} before, {after.r:.2f} after "
+        f"(standard error of the rise {report.rise_error:.3f})",
         f"size of the opening against the real one: {before.amplitude:.2f} before, {after.amplitude:.2f} after",
         f"error of the lip gap (crop px): {before.error_px:.2f} before, {after.error_px:.2f} after",
     ]

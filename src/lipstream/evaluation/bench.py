@@ -34,6 +34,7 @@ from lipstream.diffusion.sampler import Noise, chunk_generator, generated_noise
 from lipstream.evaluation.bench_parts import BenchParts, Codec, load_parts, pixel_frames_of
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, MODEL_FPS
 from lipstream.models.attention import Backend, available_backends, choose_backend
+from lipstream.options import OptionError
 
 STEADY_CHUNK = 2  # the third chunk is the first whose window is full
 STAGES = ("encode", "audio", "call 1", "call 2", "clean", "decode", "copy")
@@ -69,11 +70,9 @@ class BenchConfig:
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.chunks <= STEADY_CHUNK:
-            raise ValueError(
-                f"chunks must be at least {STEADY_CHUNK + 1}, got {self.chunks}: the first two do not count"
-            )
+            raise OptionError("chunks", self.chunks, f"must be at least {STEADY_CHUNK + 1}: the first two do not count")
         if self.starts < 1:
-            raise ValueError(f"starts must be at least 1, got {self.starts}")
+            raise OptionError("starts", self.starts, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

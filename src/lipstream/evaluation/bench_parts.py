@@ -27,6 +27,7 @@ from lipstream.models.codec import PocketCodec
 from lipstream.models.dit import FLAVOURS, Conditions, DiT, DiTConfig
 from lipstream.models.tae import TAE, TAE_FLAVOURS
 from lipstream.models.wan_vae import WAN_VAE_FLAVOURS, WanVAE
+from lipstream.options import OptionError
 from lipstream.streaming.kv_cache import TextMemory
 
 PIXELS_PER_CELL = 8
@@ -114,7 +115,7 @@ def load_parts(
         return _pocket(device, dtype, size, layers)
     size = size or (64 if flavour == "test" else 512)
     if size % (2 * PIXELS_PER_CELL):
-        raise ValueError(f"size must be a multiple of {2 * PIXELS_PER_CELL} pixels, got {size}")
+        raise OptionError("size", size, f"must be a multiple of {2 * PIXELS_PER_CELL} pixels")
     config, notes = _with_layers(FLAVOURS[flavour], layers)
     cells = size // PIXELS_PER_CELL
     _check_memory(config, cells, device, dtype)
@@ -145,7 +146,7 @@ def _with_layers(config: DiTConfig, layers: int | None) -> tuple[DiTConfig, list
     if layers is None or layers == config.num_layers:
         return config, []
     if not 1 <= layers <= config.num_layers:
-        raise ValueError(f"layers must be 1 to {config.num_layers}, got {layers}")
+        raise OptionError("layers", layers, f"must be 1 to {config.num_layers}")
     first, last = (min(block, layers - 1) for block in config.audio_blocks)
     note = f"{layers} of {config.num_layers} layers: rates are those of the blocks, FPS is not the whole model's"
     return dataclasses.replace(config, num_layers=layers, audio_blocks=(first, last)), [note]

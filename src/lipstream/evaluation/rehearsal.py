@@ -18,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lipstream.evaluation.correlation import compare
+from lipstream.evaluation.correlation import compare, correlation
 from lipstream.evaluation.opening import Series
 from lipstream.mouth import CanvasFrame, MouthModel, Take
+
+BLOCK_FRAMES = 12  # half a second: mouths an opening apart know nothing of each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,14 @@ class Rehearsal:
         amplitude: its size against the truth's, likewise.
         error_px: root mean square difference of the gap, crop px, over all frames.
         pixel_frames: how many frames were compared.
+        left_out: r without each half second in turn; what it leaves open, see :func:`rise_error`.
     """
 
     r: float
     amplitude: float
     error_px: float
     pixel_frames: int
+    left_out: tuple[float, ...] = ()
 
 
 class Spoken(NamedTuple):
@@ -103,4 +107,31 @@ def agreement(pairs: Sequence[tuple[Series, Series]]) -> Rehearsal:
         amplitude=sum(row.amplitude * count for row, count in rows) / frames,
         error_px=float(np.sqrt(squared / sum(len(true) for _, true in pairs))),
         pixel_frames=frames,
+        left_out=_left_out(pairs),
     )
+
+
+def _left_out(pairs: Sequence[tuple[Series, Series]]) -> tuple[float, ...]:
+    """The r of :func:`agreement` without each half second in turn."""
+    whole = [(correlation(got, true), len(true)) for got, true in pairs]
+    found = []
+    for take, (got, true) in enumerate(pairs):
+        for start in range(0, len(true), BLOCK_FRAMES):
+            gone = slice(start, start + BLOCK_FRAMES)
+            part = (correlation(np.delete(got, gone), np.delete(true, gone)), len(true) - len(true[gone]))
+            rows = [row for row in (*whole[:take], part, *whole[take + 1 :]) if not np.isnan(row[0])]
+            if rows:
+                found.append(sum(r * count for r, count in rows) / sum(count for _, count in rows))
+    return tuple(found)
+
+
+def rise_error(before: Rehearsal, after: Rehearsal) -> float:
+    """Standard error of ``after.r - before.r``, both on the same takes: the jackknife over half seconds.
+
+    The halves of a second that are hard for one network are hard for the other, so the error of the difference is far
+    smaller than that of either figure. Infinite where there is not enough to tell.
+    """
+    if len(before.left_out) != len(after.left_out) or len(after.left_out) < 3:
+        return float("inf")
+    rises = np.array(after.left_out) - np.array(before.left_out)
+    return float(np.sqrt((len(rises) - 1) * np.mean((rises - rises.mean()) ** 2)))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, get_args
 
@@ -48,7 +48,7 @@ from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.dit import DiT
 from lipstream.models.syncnet_pocket import SyncScorer
 from lipstream.streaming.kv_cache import KVCache
-from lipstream.training import parallel
+from lipstream.training import parallel, recipes
 from lipstream.training.coded import Windows
 from lipstream.training.defect import ForgetfulCache
 from lipstream.training.loop import Loop, LoopConfig, Trainee
@@ -298,8 +298,24 @@ def detail(task: MouthTask, z: Tensor) -> Tensor:
 
 
 def loop_config(steps: int) -> LoopConfig:
-    """Optimisation of so many critic updates: the paper's betas; rates that fall, for a run is short."""
-    return LoopConfig(steps=steps, betas=(0.0, 0.999), ema=0.95, warmup=20, final_lr=0.1, save_every=100)
+    """Optimisation of so many critic updates: the pocket recipe's."""
+    return replace(recipes.distill("pocket").loop, steps=steps)
+
+
+def pocket_config(recipe: recipes.DistillRecipe) -> DistillConfig:
+    """What a recipe says about stage 2 of the pocket model; the rest is the pocket model's own."""
+    return DistillConfig(
+        batch=recipe.batch,
+        times=recipe.times,
+        scale=recipe.guidance_scale,
+        window=recipe.guidance_window,
+        beta=recipe.beta,
+        clamp=recipe.reward_clamp,
+        student_every=recipe.student_every,
+        student_lr=recipe.loop.lr,
+        critic_lr=recipe.critic_lr,
+        latent_frames=recipe.latent_frames,
+    )
 
 
 def train(
@@ -359,26 +375,28 @@ def main() -> None:
 
     if scale.asks_for_recipe():
         return scale.main("distill")
+    recipe = recipes.distill("pocket")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_material(parser)
     parser.add_argument("--student", type=Path, required=True, metavar="DIT", help="weights after stage 1")
     parser.add_argument("--teacher", type=Path, required=True, metavar="DIT", help="the critic begins with them too")
     parser.add_argument("--syncnet", type=Path, metavar="FILE", help="of the reward; without it there is none")
-    parser.add_argument("--steps", type=int, default=1000, help="critic updates")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=recipe.loop.steps, help="critic updates")
+    parser.add_argument("--batch", type=int, default=recipe.batch)
     parser.add_argument("--guidance", choices=get_args(Guidance), default=DistillConfig.guidance_schedule)
-    parser.add_argument("--scale", type=float, default=DistillConfig.scale)
-    parser.add_argument("--beta", type=float, default=DistillConfig.beta)
-    parser.add_argument("--times", type=float, nargs="+", default=list(STUDENT_TIMES))
+    parser.add_argument("--scale", type=float, default=recipe.guidance_scale)
+    parser.add_argument("--beta", type=float, default=recipe.beta)
+    parser.add_argument("--times", type=float, nargs="+", default=list(recipe.times))
     parser.add_argument("--seed", type=int, default=30)
     arguments = parser.parse_args()
-    config = DistillConfig(
+    asked = replace(
+        recipe,
         batch=arguments.batch,
         times=tuple(arguments.times),
-        guidance_schedule=arguments.guidance,
-        scale=arguments.scale,
+        guidance_scale=arguments.scale,
         beta=arguments.beta if arguments.syncnet else 0.0,
     )
+    config = replace(pocket_config(asked), guidance_schedule=arguments.guidance)
     material = read_material(arguments, config.versions)
     reward = syncnet_reward(arguments.syncnet, material.codec, arguments.speech) if arguments.syncnet else None
     networks = tuple(load_dit(getattr(arguments, name))[0] for name in ("student", "teacher", "teacher"))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol
 
@@ -27,6 +27,7 @@ from lipstream.diffusion.schedule import STUDENT_TIMES, add_noise
 from lipstream.models.codec import FRAMES_PER_LATENT
 from lipstream.models.dit import FLAVOURS, DiT
 from lipstream.streaming.windows import chunk_causal_frame_mask, chunk_ranges
+from lipstream.training import recipes
 from lipstream.training.agreement import Agreement, add_agreement, read_agreement
 from lipstream.training.coded import CHUNK, STEADY, Coded, Windows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
@@ -131,6 +132,17 @@ class WholeClips:
 @dataclass(frozen=True, kw_only=True)
 class ForcingConfig(MouthConfig, RollingWindows):
     """What stage 1 of the pocket model trains on."""
+
+
+def pocket_config(recipe: recipes.ForcingRecipe) -> ForcingConfig:
+    """What a recipe says about the pocket model's windows; the rest is the pocket model's own."""
+    return ForcingConfig(
+        batch=recipe.batch,
+        drop_audio=recipe.drop_audio,
+        times=recipe.times,
+        time_odds=recipe.time_odds,
+        loss_scale=recipe.loss_scale,
+    )
 
 
 class ForcingLoss(Generic[BatchT]):
@@ -265,17 +277,18 @@ def main() -> None:
 
     if scale.asks_for_recipe():
         return scale.main("forcing")
+    recipe = recipes.forcing("pocket")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_material(parser)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=recipe.loop.steps)
+    parser.add_argument("--lr", type=float, default=recipe.loop.lr)
+    parser.add_argument("--batch", type=int, default=recipe.batch)
     parser.add_argument("--start-from", type=Path, metavar="DIT", help="weights to go on from where RUN is new")
     add_agreement(parser)
     arguments = parser.parse_args()
-    config = ForcingConfig(batch=arguments.batch)
+    config = pocket_config(replace(recipe, batch=arguments.batch))
     material = read_material(arguments, config.versions)
-    loop = LoopConfig(steps=arguments.steps, lr=arguments.lr)
+    loop = replace(recipe.loop, steps=arguments.steps, lr=arguments.lr)
     agreement = read_agreement(arguments)
     train(arguments.run, material, loop, config, start_from=arguments.start_from, agreement=agreement)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Protocol
 
@@ -32,6 +32,7 @@ from lipstream.diffusion.schedule import (
     x0_from_velocity,
 )
 from lipstream.models.dit import FLAVOURS, DiT
+from lipstream.training import recipes
 from lipstream.training.agreement import Agreement, add_agreement, read_agreement
 from lipstream.training.coded import CHUNK, Coded, Windows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
@@ -94,6 +95,11 @@ class TeacherConfig(MouthConfig, InverseSquare):
     """
 
     averaged_odds: float = 1.0
+
+
+def pocket_config(recipe: recipes.TeacherRecipe) -> TeacherConfig:
+    """What a recipe says about the pocket teacher's windows; the rest is the pocket model's own."""
+    return TeacherConfig(batch=recipe.batch, drop_audio=recipe.drop_audio, latent_frames=recipe.latent_frames)
 
 
 class TeacherLoss(Generic[BatchT]):
@@ -210,17 +216,18 @@ def main() -> None:
 
     if scale.asks_for_recipe():
         return scale.main("teacher")
+    recipe = recipes.teacher("pocket")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_material(parser)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=recipe.loop.steps)
+    parser.add_argument("--lr", type=float, default=recipe.loop.lr)
+    parser.add_argument("--batch", type=int, default=recipe.batch)
     parser.add_argument("--start-from", type=Path, metavar="DIT")
     add_agreement(parser)
     arguments = parser.parse_args()
-    config = TeacherConfig(batch=arguments.batch)
+    config = pocket_config(replace(recipe, batch=arguments.batch))
     material = read_material(arguments, config.versions)
-    loop = LoopConfig(steps=arguments.steps, lr=arguments.lr)
+    loop = replace(recipe.loop, steps=arguments.steps, lr=arguments.lr)
     train(arguments.run, material, loop, config, arguments.start_from, read_agreement(arguments))
 
 

@@ -50,7 +50,9 @@ class DatasetPlan:
 
     def finish(self, records: Mapping[str, Record], shard_samples: int, skipped: Sequence[str]) -> dict[str, Any]:
         """Put the samples of finished videos into the data set; what became of everything, also in summary.json."""
-        pack(self.jobs, self.out, self.form, shard_samples)
+        done = [record for record in records.values() if record.state == "done" and "sha256" in record.result]
+        versions = {record.about["key"]: record.result["sha256"] for record in done}
+        pack(self.jobs, self.out, self.form, shard_samples, versions)
         folder = self.out / "videos"
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -79,6 +81,7 @@ def plan(videos: Sequence[Path], out: Path, factory: PrepareFactory, filters: st
             id=str(file.absolute()),
             output=out / "videos" / f"{_key(file)}.tar",
             payload=file,
+            inputs=(file,),
             about={"key": _key(file), "video": str(file)},
         )
         for file in files

@@ -39,8 +39,17 @@ def packed_names(out: Path, form: Format) -> set[str]:
     return {path.stem for path in out.glob("[!.]*.npz")}
 
 
-def pack(jobs: Sequence[Job], out: Path, form: Format, shard_samples: int = 256) -> None:
+def pack(
+    jobs: Sequence[Job],
+    out: Path,
+    form: Format,
+    shard_samples: int = 256,
+    versions: Mapping[str, str] | None = None,
+) -> None:
     """Move the samples of finished videos (tar files at the jobs' outputs) into the data set.
+
+    Args:
+        versions: hash of each video by the key of its samples; samples of another version of it leave the data set.
 
     Raises:
         ValueError: shard_samples is not positive.
@@ -50,8 +59,9 @@ def pack(jobs: Sequence[Job], out: Path, form: Format, shard_samples: int = 256)
     out.mkdir(parents=True, exist_ok=True)
     for left in [*out.glob(".*.part"), *(out / "samples").glob(".*.part"), *(out / "shards").glob(".*.part")]:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    there = packed_names(out, form)
     tars = [job.output for job in jobs if job.output.exists()]
+    _drop(out, form, _outdated(out, form, {**(versions or {}), **_versions(tars)}))
+    there = packed_names(out, form)
     if form == "webdataset":
         _pack_shards(tars, out / "shards", there, shard_samples)
     else:
@@ -60,6 +70,51 @@ def pack(jobs: Sequence[Job], out: Path, form: Format, shard_samples: int = 256)
     _write_index(out, form)
     for tar in tars:
         tar.unlink()
+
+
+def _versions(tars: Iterable[Path]) -> dict[str, str]:
+    """The same of samples that wait in tar files: a killed run may have left no record of them."""
+    return {
+        line["name"].rpartition("_")[0]: line["source_sha256"]
+        for tar in tars
+        for line in _told(tar)
+        if "source_sha256" in line
+    }
+
+
+def _outdated(out: Path, form: Format, versions: Mapping[str, str]) -> set[str]:
+    """Samples that were cut from another version of their video than the one at hand now."""
+    found = set()
+    for line in _abouts(out, form) if versions else ():
+        name: str = line["name"]
+        now = versions.get(name.rpartition("_")[0])
+        if now is not None and line.get("source_sha256") != now:
+            found.add(name)
+    return found
+
+
+def _drop(out: Path, form: Format, names: set[str]) -> None:
+    """Take samples out of the data set; shards that held them are written again under their names."""
+    if form == "webdataset":
+        for shard in _shards(out):
+            if names.isdisjoint(name.split(".")[0] for name in _members(shard)):
+                continue
+            part = shard.with_name(f".{shard.name}.part")
+            with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as new:
+                for name, members in _samples([shard], names):
+                    _add_sample(new, name, members)
+            if _members(part):
+                _name(part, shard)
+            else:
+                part.unlink()
+                shard.unlink()
+    for name in names if form == "folders" else ():
+        gone = out / "samples" / f".{name}.part"
+        os.replace(out / "samples" / name, gone)
+        shutil.rmtree(gone)
+    for name in names if form == "samples" else ():
+        for suffix in ("npz", "tex.npy", "json"):  # the .npz, which makes the sample exist, first
+            (out / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 Members = list[tuple[str, bytes]]  # (suffix, content)
@@ -85,7 +140,7 @@ def _samples(tars: Iterable[Path], there: set[str]) -> Iterator[tuple[str, Membe
 
 def _pack_shards(tars: Iterable[Path], folder: Path, there: set[str], shard_samples: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    number = len(list(folder.glob("[!.]*.tar")))
+    number = max((int(shard.stem) for shard in folder.glob("[!.]*.tar")), default=-1) + 1
     samples = _samples(tars, there)
     held = next(samples, None)
     while held is not None:
@@ -94,14 +149,18 @@ def _pack_shards(tars: Iterable[Path], folder: Path, there: set[str], shard_samp
         with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as shard:
             count = 0
             while held is not None and count < shard_samples:
-                for suffix, content in held[1]:
-                    about = tarfile.TarInfo(f"{held[0]}.{suffix}")
-                    about.size = len(content)
-                    shard.addfile(about, io.BytesIO(content))
+                _add_sample(shard, *held)
                 count += 1
                 held = next(samples, None)
         _name(part, target)
         number += 1
+
+
+def _add_sample(tar: tarfile.TarFile, name: str, members: Members) -> None:
+    for suffix, content in members:
+        about = tarfile.TarInfo(f"{name}.{suffix}")
+        about.size = len(content)
+        tar.addfile(about, io.BytesIO(content))
 
 
 def _place_folder(out: Path, name: str, members: Members) -> None:
@@ -121,23 +180,51 @@ def _place_canvas(out: Path, name: str, members: Members) -> None:
         _name(part, out / f"{name}.{suffix}")
 
 
-def _write_index(out: Path, form: Format) -> None:
-    lines = []
+def unpack(out: Path) -> None:
+    """Lay the samples of a data set's shards down as the official folders, beside the shards.
+
+    What is there as it is in the shards stays; what is there in another version, or no longer in them, is replaced.
+    """
+    place = out / "samples"
+    place.mkdir(exist_ok=True)
+    for left in place.glob(".*.part"):
+        shutil.rmtree(left)
+    now = {line.pop("name"): line for line in _abouts(out, "webdataset")}
+    for line in _abouts(out, "folders"):
+        name = line.pop("name")
+        if line != {key: value for key, value in now.get(name, {}).items() if key != "shard"}:
+            _drop(out, "folders", {name})
+    for name, members in _samples(_shards(out), packed_names(out, "folders")):
+        _place_folder(out, name, members)
+
+
+def _abouts(out: Path, form: Format) -> Iterator[dict[str, Any]]:
+    """Name and description of every sample of the data set."""
     if form == "webdataset":
         for shard in _shards(out):
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    stream = tar.extractfile(member) if member.name.endswith(".json") else None
-                    if stream is not None:
-                        name = member.name.removesuffix(".json")
-                        lines.append({"name": name, "shard": f"shards/{shard.name}"} | json.load(stream))
+            for line in _told(shard):
+                yield {"name": line.pop("name"), "shard": f"shards/{shard.name}"} | line
     elif form == "folders":
-        folders = sorted((out / "samples").glob("[!.]*"))
-        lines = [{"name": path.name} | json.loads((path / "about.json").read_text()) for path in folders]
-        _write(out / "list.txt", "".join(f"{path.resolve()}\n" for path in folders))
+        for path in sorted((out / "samples").glob("[!.]*")):
+            yield {"name": path.name} | json.loads((path / "about.json").read_text())
     else:
-        files = sorted(out.glob("[!.]*.npz"))
-        lines = [{"name": path.stem} | json.loads(path.with_suffix(".json").read_text()) for path in files]
+        for path in sorted(out.glob("[!.]*.npz")):
+            yield {"name": path.stem} | json.loads(path.with_suffix(".json").read_text())
+
+
+def _told(path: Path) -> Iterator[dict[str, Any]]:
+    """Name and description of every sample in a tar file."""
+    with tarfile.open(path) as tar:
+        for member in tar:
+            stream = tar.extractfile(member) if member.name.endswith(".json") else None
+            if stream is not None:
+                yield {"name": member.name.removesuffix(".json")} | json.load(stream)
+
+
+def _write_index(out: Path, form: Format) -> None:
+    lines = list(_abouts(out, form))
+    if form == "folders":
+        _write(out / "list.txt", "".join(f"{(out / 'samples' / line['name']).resolve()}\n" for line in lines))
     _write(out / "index.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 

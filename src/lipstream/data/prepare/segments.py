@@ -18,6 +18,7 @@ from lipstream.data.prepare.shots import MIN_CHANGE, ShotChanges, find_cuts
 from lipstream.faces.track import FaceTracker
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.media.timeline import GridSampler
+from lipstream.options import OptionError
 
 LANDMARKS = 468
 
@@ -36,10 +37,8 @@ class SegmentConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_pixel_frames <= self.max_pixel_frames:
-            raise ValueError(
-                f"segments of {self.min_pixel_frames} to {self.max_pixel_frames} frames do not exist; "
-                "the shortest must be at least 1 and not exceed the longest"
-            )
+            allowed = f"must be at least 1 and not exceed the longest, {self.max_pixel_frames} (--max-frames)"
+            raise OptionError("min-frames", self.min_pixel_frames, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

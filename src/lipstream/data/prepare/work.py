@@ -12,7 +12,7 @@ import os
 import tarfile
 import tempfile
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lipstream.batch.jobs import Job, Worker
+from lipstream.checkpoints.hashing import sha256_of
 from lipstream.data.prepare.canvas_sample import CanvasSample
 from lipstream.data.prepare.filters import QualityFilter, SegmentView, SyncJudge, SyncMeasure
 from lipstream.data.prepare.segments import SegmentConfig, Stretch, on_grid, plan_segments, watch
@@ -100,6 +101,7 @@ def prepare_video(
         MediaError: the video cannot be read, or has no sound.
     """
     open_media(video, need="audio").close()
+    source = {"source": video.name, "source_sha256": sha256_of(video)}
     reader = VideoReader(video)
     speech = SpeechWindow(video, BACK_SAMPLES)
     told: list[dict[str, Any]] = []
@@ -112,13 +114,13 @@ def prepare_video(
             for stretch in stretches:
                 line: dict[str, Any] = {"start": stretch.start, "stop": stretch.stop, "reason": stretch.reason}
                 if not stretch.reason:
-                    line |= _finish(next(taken), speech, tar, f"{key}_{stretch.start:06}", video, judge, quality)
+                    line |= _finish(next(taken), speech, tar, f"{key}_{stretch.start:06}", source, judge, quality)
                 told.append(line)
     speech.close()
     with part.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(part, target)
-    return {"pixel_frames": watched.pixel_frames, "stretches": told}
+    return {"pixel_frames": watched.pixel_frames, "sha256": source["source_sha256"], "stretches": told}
 
 
 def _take(
@@ -151,7 +153,7 @@ def _finish(
     speech: SpeechWindow,
     tar: tarfile.TarFile,
     name: str,
-    video: Path,
+    source: Mapping[str, str],
     judge: SyncJudge | None,
     quality: QualityFilter | None,
 ) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def _finish(
         samples = None if reason else _sound(speech, stretch, measure.late_frames)
     if samples is None:
         return said | {"reason": reason or "no sound after offset correction"}
-    about = {"source": video.name, "start_pixel_frames": stretch.start, "pixel_frames": stretch.pixel_frames}
+    about: dict[str, Any] = {**source, "start_pixel_frames": stretch.start, "pixel_frames": stretch.pixel_frames}
     about |= {key: said[key] for key in ("late_frames", "confidence", "quality") if key in said}
     if taken.canvas is not None:
         _add_canvas(tar, name, taken.canvas, samples)
