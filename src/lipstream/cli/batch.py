@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from lipstream.batch.run import BatchConfig, BatchProgress, BatchSummary, Standing
 
 DESCRIPTION = (
-    "Sync every item of MANIFEST (.csv or .jsonl with the columns video, audio, output and any option of a run but "
-    "voices), or pair the files of two folders by name. A stopped run is continued by the same command; an item that "
-    "fails does not stop the others, and the exit status is 1 then."
+    "Sync every item of MANIFEST (.csv or .jsonl with the columns video, audio, output and any option of a run), or "
+    "pair the files of two folders by name. A stopped run is continued by the same command; an item that fails does "
+    "not stop the others, and the exit status is 1 then."
 )
 MANY = 20  # lines shown of a long list
 
