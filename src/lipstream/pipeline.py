@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lipstream.background import Ahead
-from lipstream.casting import Cast, no_speaker, speakers_of
+from lipstream.casting import Cast, Choice, no_speaker, speakers_of
 from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
@@ -66,6 +66,7 @@ class SyncReport:
         passed_through: half-open ranges of frames that were left as they were because no face was found.
         stage_seconds: busy wall time of each stage (they overlap).
         first_frame_seconds: from the start of the run to its first finished frame.
+        speakers: whose lips moved, and why theirs.
     """
 
     output: Path
@@ -76,6 +77,7 @@ class SyncReport:
     stage_seconds: dict[str, float]
     model: str
     first_frame_seconds: float
+    speakers: tuple[Choice, ...] = ()
 
     @property
     def fps(self) -> float:
@@ -271,6 +273,8 @@ class LipSync:
         for sound, silent in zip((audio, *(voice for _, voice in options.voices)), mute, strict=True):
             if silent:
                 log.warning("%s: no speech in it, only silence or noise: the lips say nothing", sound)
+        for speaker in run.cast.waiting():
+            log.warning("%s: no face ever showed for speaker '%s': nobody says those words", video, speaker.text)
         seconds = time.perf_counter() - clock.started
         return SyncReport(
             output=Path(output),
@@ -281,6 +285,7 @@ class LipSync:
             stage_seconds={k: round(v, 3) for k, v in clock.stages.items()},
             model=self.name,
             first_frame_seconds=clock.first or seconds,
+            speakers=tuple(run.cast.choices),
         )
 
     def stream(

@@ -245,9 +245,22 @@ def summary(report: SyncReport) -> str:
     """The one line at the end of a run: frames, speed, what was passed through and where the result lies."""
     synced = f"{report.synced_frames} of {report.frames} frames synced"
     parts = [f"{synced} in {report.seconds:.1f} s ({report.fps:.1f} frames/s)"]
+    if report.speakers:
+        parts.append(_speakers(report))
     if report.passed_through:
         parts.append(f"left unchanged: {_spans(report)}")
     return f"{report.output}: {'; '.join(parts)}; model {report.model}"
+
+
+def _speakers(report: SyncReport, limit: int = 4) -> str:
+    """Who got the words: where that face first shows (px), and why it is the one."""
+    said = []
+    for choice in report.speakers[:limit]:
+        x, y = choice.place
+        since = f" from {timestamp(choice.seconds)}" if choice.seconds else ""
+        said.append(f"speaker {choice.speaker}: the face at {x:.0f},{y:.0f}{since} ({choice.why})")
+    more = len(report.speakers) - limit
+    return ", ".join(said) + (f" and {more} more" if more > 0 else "")
 
 
 def _spans(report: SyncReport, limit: int = 8) -> str:
