@@ -169,5 +169,5 @@ def test_closed_lips_do_not_repeat_the_movement_that_they_were_taken_from() -> N
         np.stack([mouth.field for mouth in take.step(views[9:], rows[9:], np.ones(12, np.float32))])
     )
     openings = model.ruler.opening(closed)
-    assert 0 < openings.min() and openings.max() < 1.5
+    assert openings.min() > 0 and openings.max() < 1.5
     assert float(np.ptp(closed.numpy(), axis=0).max()) < 0.1
