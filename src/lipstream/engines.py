@@ -49,10 +49,12 @@ class Engine(Protocol):
     Attributes:
         silences: what it can do in silence; the first is its own choice.
         joins_voices: whether several of its mouths go into one picture.
+        steadies: whether landmarks are freed of their tremor before it sees them.
     """
 
     silences: tuple[Silence, ...]
     joins_voices: bool
+    steadies: bool
 
     def frames(
         self, reader: VideoReader, speech_samples: int, length: Length = "bounce", fit: Fit = "audio"
@@ -82,6 +84,7 @@ class CanvasEngine:
 
     silences: tuple[Silence, ...] = ("close", "source", "model")
     joins_voices = True
+    steadies = True
 
     def __init__(self, model: MouthModel) -> None:
         self.model = model

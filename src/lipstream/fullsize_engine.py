@@ -97,6 +97,7 @@ class FullSizeEngine:
 
     silences: tuple[Silence, ...] = ("model", "source")
     joins_voices = True
+    steadies = True
 
     def __init__(self, model: FullSizeModel, features: SpeechFeatures, window: WindowConfig | None = None) -> None:
         self.model, self.features, self.window = model, features, window

@@ -172,6 +172,7 @@ class ParityEngine(FullSizeEngine):
     """
 
     joins_voices = False  # whole pictures are pasted back: the second would replace the first
+    steadies = False  # the reference smooths in its own way
 
     def __init__(
         self, model: FullSizeModel, features: SpeechFeatures, anchors: Callable[[], Anchors] | None = None

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -309,13 +310,14 @@ class LipSync:
         clock.voices = session
 
         def observed() -> Iterator[Looked]:
-            for frame in source:
+            for frame in chain(source, (None,)):  # None: there are no more
                 since = time.perf_counter()
-                seen = session.look(frame)
-                if frame.stored.width * frame.stored.height > _KEPT_IMAGE_PIXELS:
-                    frame.forget_image()
+                looked = session.look_at_rest() if frame is None else session.look(frame)
+                for shown in (frame, *(seen[0].frame for seen in looked)):
+                    if shown is not None and shown.stored.width * shown.stored.height > _KEPT_IMAGE_PIXELS:
+                        shown.forget_image()
                 clock.add("faces", since)
-                yield seen
+                yield from looked
 
         def generated() -> Iterator[SyncedFrame]:
             with Ahead(observed(), ahead_frames, "faces") as ahead:

@@ -30,6 +30,7 @@ from lipstream.faces.canvas import KNOWN_ROWS_PX, Alignment, FaceCanvas, Float
 from lipstream.faces.composite import Compositor, Patch
 from lipstream.faces.occlusion import Cover
 from lipstream.faces.pose import FrontalGate
+from lipstream.faces.steady import LiveSteady
 from lipstream.faces.track import FaceTrack, FaceTracker
 from lipstream.manner import PLAIN, Manner
 from lipstream.media.reader import SourceFrame, replace_region
@@ -121,10 +122,16 @@ class SyncedFrame:
 
 
 class Observer:
-    """First half: where is the face, and what does the codec see of it."""
+    """First half: where is the face, and what does the codec see of it.
 
-    def __init__(self, canvas: FaceCanvas) -> None:
+    Args:
+        live: frames given to :meth:`step` are shown as they come: landmarks are freed of their tremor without a look
+            ahead. Those given to :meth:`look` are the caller's to steady.
+    """
+
+    def __init__(self, canvas: FaceCanvas, live: bool = True) -> None:
         self._canvas = canvas
+        self._steady = LiveSteady() if live else None
         self._frontal = FrontalGate()
         self._cover = Cover()
         self._face_before: Face | None = None
@@ -136,7 +143,8 @@ class Observer:
 
     def step(self, frame: SourceFrame) -> Observed[Face, CanvasFrame]:
         """Track the only face of one frame; frames come in order of time."""
-        return self.look(frame, self._tracker.step(frame.image))
+        track = self._tracker.step(frame.image)
+        return self.look(frame, track if self._steady is None else self._steady.step(track, frame.seconds))
 
     def look(self, frame: SourceFrame, track: FaceTrack | None, cut: bool = False) -> Observed[Face, CanvasFrame]:
         """What there is to see of a face that somebody else tracked.

@@ -5,7 +5,9 @@ into the same frame one after the other.
 
     voices = Voices(engine, Cast(reader, speakers), reads, reader.time_base, seed, options)
     for frame in source:
-        for done in voices.push(voices.look(frame)): ...
+        for looked in voices.look(frame):
+            for done in voices.push(looked): ...
+    for looked in voices.look_at_rest(): ...
     voices.finish()
 """
 
@@ -22,6 +24,8 @@ import numpy as np
 from lipstream.casting import Cast
 from lipstream.engines import Engine, ReadSpeech
 from lipstream.faces.composite import Patch
+from lipstream.faces.steady import Steady
+from lipstream.faces.track import FaceTrack
 from lipstream.manner import Manner
 from lipstream.media.reader import SourceFrame, replace_region
 from lipstream.media.silence import SpeechEars
@@ -72,6 +76,7 @@ class Voices:
         options: SyncOptions,
     ) -> None:
         self._cast = cast
+        self._steady = Steady[SourceFrame]() if engine.steadies else None
         self._voices: list[_Voice] = []
         for read in reads:
             ears = SpeechEars(read)
@@ -83,9 +88,21 @@ class Voices:
         """Of every voice: whether there was no speech in it (unknown, and False, for silence "model")."""
         return [voice.ears.mute for voice in self._voices]
 
-    def look(self, frame: SourceFrame) -> Looked:
-        """First half: find the faces in a frame; frames come in order of time."""
+    def look(self, frame: SourceFrame) -> list[Looked]:
+        """First half: find the faces in a frame; frames come in order of time.
+
+        Gives what there is to see in the frames whose faces are known well enough now, see `faces.steady`.
+        """
         cut, tracks = self._cast.step(frame)
+        if self._steady is None:
+            return [self._observe(frame, tracks, cut)]
+        return [self._observe(*known) for known in self._steady.push(frame, frame.seconds, tracks, cut)]
+
+    def look_at_rest(self) -> list[Looked]:
+        """First half: there are no more frames."""
+        return [] if self._steady is None else [self._observe(*known) for known in self._steady.finish()]
+
+    def _observe(self, frame: SourceFrame, tracks: Sequence[FaceTrack | None], cut: bool) -> Looked:
         pairs = zip(self._voices, tracks, strict=True)
         return [voice.observer.look(frame, track, cut) for voice, track in pairs]
 
