@@ -99,7 +99,7 @@ def test_a_cut_begins_one_take_and_keeps_the_mouths_apart(fps: int, monkeypatch:
 
     monkeypatch.setattr(module, "FullSizeTake", Echo)
     session, shown = new_session(Fraction(1, fps)), []
-    monkeypatch.setattr(session, "_compositor", lambda image, alignment, crop, _: shown.append(int(crop[0, 0, 0])))
+    monkeypatch.setattr(session, "_compositor", lambda image, alignment, crop, *_: shown.append(int(crop[0, 0, 0])))
     out: list[SyncedFrame] = []
     for observed in made_up(fps, 5):
         out += session.push(observed)

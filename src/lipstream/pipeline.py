@@ -111,8 +111,9 @@ class _Run:
     @classmethod
     def of(cls, engine: Engine, video: PathLike, audio: PathLike, options: SyncOptions) -> _Run:
         """Look at both files in a process of its own, then open them here."""
-        if options.voices and not engine.joins_voices:
-            raise ValueError("a parity run has one voice: leave out --voice")
+        problem = engine.refuses(options)
+        if problem is not None:
+            raise ValueError(problem)
         probed = probe(video, need="video")
         length, fit, delay_ms = options.resolved_length, options.resolved_fit, options.audio_delay_ms
         tracks = [(audio, options.audio_track), *((voice, None) for _, voice in options.voices)]
@@ -178,7 +179,8 @@ class LipSync:
         """
         folder, name = folder_of(model), str(model)
         torch.set_num_threads(threads or 1)
-        if (folder / "codec.safetensors").exists():
+        kind = engine_kind(model, parity)
+        if kind is CanvasEngine:
             given = {
                 "device": None if device == "cpu" else device, "decoder": decoder, "mask": mask, "memory_gb": memory_gb,
                 "speech_lookahead": speech_lookahead, "parity": parity or None,
@@ -192,7 +194,6 @@ class LipSync:
             return cls(CanvasEngine(MouthModel.load(folder, dtype)), name, seed or 0)
         from lipstream.diffusion.official_noise import OFFICIAL_SEED
         from lipstream.fullsize_engine import DECODERS, FullSizeEngine, FullSizeOptions
-        from lipstream.fullsize_parity import ParityEngine
         from lipstream.models.wav2vec_windowed import window_of
 
         if memory_gb is not None and not 0 < memory_gb < float("inf"):
@@ -210,7 +211,7 @@ class LipSync:
         )
         if seed is None:
             seed = OFFICIAL_SEED if parity else 0
-        kind = ParityEngine if parity else FullSizeEngine
+        assert issubclass(kind, FullSizeEngine)
         return cls(kind.load(folder, options, on_memory), name, seed)
 
     def __call__(
@@ -362,6 +363,20 @@ def folder_of(model: PathLike) -> Path:
         names = ", ".join((*BUILT_IN, *MODELS))
         raise ValueError(f"unknown model '{model}': not a folder, and the known models are {names}")
     return folder
+
+
+def engine_kind(model: PathLike, parity: bool = False) -> type[Engine]:
+    """What kind of model that is: says what it refuses before anything is loaded.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (folder_of(model) / "codec.safetensors").exists():
+        return CanvasEngine
+    from lipstream.fullsize_engine import FullSizeEngine
+    from lipstream.fullsize_parity import ParityEngine
+
+    return ParityEngine if parity else FullSizeEngine
 
 
 def _progress(done: int, total: int | None, started: float) -> Progress:

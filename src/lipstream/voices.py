@@ -23,7 +23,7 @@ import numpy as np
 
 from lipstream.casting import Cast
 from lipstream.engines import Engine, ReadSpeech
-from lipstream.faces.composite import Patch
+from lipstream.faces.composite import joined
 from lipstream.faces.steady import Steady
 from lipstream.faces.track import FaceTrack
 from lipstream.manner import Manner
@@ -137,18 +137,4 @@ def _with(first: SyncedFrame, other: SyncedFrame) -> SyncedFrame:
         return other
     patch = other.patch
     frame = replace_region(first.frame, patch.rgb, patch.box, (patch.alpha > 0).astype(np.float32))
-    return replace(first, frame=frame, patch=_union(first.patch, patch, frame))
-
-
-def _union(one: Patch, two: Patch, frame: SourceFrame) -> Patch:
-    """One patch that holds two: what neither changes has alpha 0."""
-    left, top = (min(one.box[i], two.box[i]) for i in (0, 1))
-    right, bottom = (max(one.box[i], two.box[i]) for i in (2, 3))
-    rgb = frame.image[top:bottom, left:right].copy()
-    alpha = np.zeros(rgb.shape[:2], np.uint8)
-    for patch in (one, two):
-        x0, y0, x1, y1 = patch.box
-        part = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
-        rgb[part] = np.where(patch.alpha[..., None] > 0, patch.rgb, rgb[part])
-        alpha[part] = np.maximum(alpha[part], patch.alpha)
-    return Patch((left, top, right, bottom), rgb, alpha)
+    return replace(first, frame=frame, patch=joined(first.patch, patch, frame.image))

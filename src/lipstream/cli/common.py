@@ -35,6 +35,7 @@ from lipstream.media.opening import open_media, picture_stream, seconds
 if TYPE_CHECKING:  # importing the pipeline loads torch: `--help` and a mistyped file name should not wait for that
     from lipstream.checkpoints.hashing import Report
     from lipstream.memory import MemoryNeed
+    from lipstream.options import SyncOptions
     from lipstream.pipeline import LipSync, Progress, SyncReport
 
 EXIT_OK = 0
@@ -122,6 +123,13 @@ def load_model(args: argparse.Namespace) -> LipSync:
         parity=args.parity,
         on_memory=tell,
     )
+
+
+def refusal(args: argparse.Namespace, options: SyncOptions) -> str | None:
+    """Why the model that the options of `add_model` name cannot do a run, said before it is loaded."""
+    from lipstream.pipeline import engine_kind
+
+    return engine_kind(args.model, args.parity).refuses(options)
 
 
 def positive(text: str) -> int:

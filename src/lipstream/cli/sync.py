@@ -19,6 +19,7 @@ from lipstream.cli.common import (
     add_verbose,
     load_model,
     positive,
+    refusal,
     show_progress,
     silence_tflite,
     summary,
@@ -69,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
         from lipstream.fullsize_parity import check_source
 
         check_source(args.video)
+    problem = refusal(args, options)
+    if problem is not None:
+        raise UsageError(problem)
     lipsync = load_model(args)
     with show_progress() as report:
         result = lipsync(args.video, args.audio, args.output, options=options, progress=report, on_plan=tell)

@@ -207,11 +207,14 @@ class FaceCanvas:
 
     # ---------------------------------------------------------------- texture
 
+    def places(self, field: Float, alignment: Alignment) -> Float:
+        """Where the pixels of the canvas lie in the frame, [CANVAS_PX, CANVAS_PX, 2] source px."""
+        crop, inverse = self.rest_map + self.dense(field), alignment.inverse
+        return np.asarray(crop @ inverse[:, :2].T.astype(np.float32) + inverse[:, 2].astype(np.float32), np.float32)
+
     def texture(self, frame: NDArray[np.uint8], field: Float, alignment: Alignment) -> NDArray[np.uint8]:
         """Colours of the canvas, [CANVAS_PX, CANVAS_PX, 3] uint8, read from ``frame`` [H, W, 3] uint8."""
-        crop = self.rest_map + self.dense(field)
-        inverse = alignment.inverse
-        source = crop @ inverse[:, :2].T.astype(np.float32) + inverse[:, 2].astype(np.float32)
+        source = self.places(field, alignment)
         frame, source = shrunk_for_reading(frame, source, 1.0 / alignment.scale)
         sampled = cv2.remap(frame, source[..., 0], source[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         return np.asarray(sampled, np.uint8)

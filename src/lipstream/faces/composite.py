@@ -62,6 +62,27 @@ class Patch:
     rgb: NDArray[np.uint8]
     alpha: NDArray[np.uint8]
 
+    def on(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """An image [H, W, 3] with the patch in it, a copy."""
+        left, top, right, bottom = self.box
+        changed = image.copy()
+        changed[top:bottom, left:right][self.alpha > 0] = self.rgb[self.alpha > 0]
+        return changed
+
+
+def joined(one: Patch, two: Patch, image: NDArray[np.uint8]) -> Patch:
+    """One patch of an image [H, W, 3] that holds two: what neither changes has alpha 0, what both change is the second's."""
+    left, top = (min(one.box[i], two.box[i]) for i in (0, 1))
+    right, bottom = (max(one.box[i], two.box[i]) for i in (2, 3))
+    rgb = image[top:bottom, left:right].copy()
+    alpha = np.zeros(rgb.shape[:2], np.uint8)
+    for patch in (one, two):
+        x0, y0, x1, y1 = patch.box
+        part = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
+        rgb[part] = np.where(patch.alpha[..., None] > 0, patch.rgb, rgb[part])
+        alpha[part] = np.maximum(alpha[part], patch.alpha)
+    return Patch((left, top, right, bottom), rgb, alpha)
+
 
 def clipped_box(points: NDArray[Any], margin_px: int, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
     """Even-aligned rectangle (left, top, right, bottom) around points [n, 2], source px, clipped to the picture.
