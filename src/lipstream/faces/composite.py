@@ -71,7 +71,10 @@ class Patch:
 
 
 def joined(one: Patch, two: Patch, image: NDArray[np.uint8]) -> Patch:
-    """One patch of an image [H, W, 3] that holds two: what neither changes has alpha 0, what both change is the second's."""
+    """One patch of an image [H, W, 3] that holds two.
+
+    What neither changes has alpha 0, what both change is the second's.
+    """
     left, top = (min(one.box[i], two.box[i]) for i in (0, 1))
     right, bottom = (max(one.box[i], two.box[i]) for i in (2, 3))
     rgb = image[top:bottom, left:right].copy()
