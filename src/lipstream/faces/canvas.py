@@ -145,6 +145,9 @@ class FaceCanvas:
         self._rest_coarse: Float = rest
         self.rest_map: Float = _enlarge(rest)
 
+    #: Landmarks of the red of the lips and of the tip of the chin.
+    mouth_ids = _UPPER_LIP | _LOWER_LIP | _CHIN
+
     # ------------------------------------------------------------------ shape
 
     def align(self, landmarks: NDArray[Any]) -> Alignment:

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lipstream.faces.canvas import Alignment, FaceCanvas, Float, shrunk_for_reading
+from lipstream.faces.canvas import CANVAS_PX, Alignment, FaceCanvas, Float, shrunk_for_reading
 from lipstream.faces.composite import Patch, clipped_box
 from lipstream.faces.mouth_mask import MouthMask
 from lipstream.faces.official import ALIGNED_PX, CROP_HEIGHT, CROP_WIDTH, FILL, anchor_similarity, mesh_anchors
@@ -108,7 +108,9 @@ def read_crop(frame: NDArray[np.uint8], alignment: Alignment) -> NDArray[np.uint
 
 
 def covered_on_crop(covered: Float, places: Float, alignment: Alignment) -> Float:
-    """Where something stands before the face, [512, 512] of the crop in 0..1; 0 beyond the canvas.
+    """Where something stands before the face, [512, 512] of the crop in 0..1.
+
+    Beyond the canvas, which ends sooner than the mouth mask, it goes on as at the canvas' rim.
 
     Args:
         covered: the same on the face canvas, [CANVAS_PX, CANVAS_PX], see `faces.occlusion`.
@@ -121,6 +123,13 @@ def covered_on_crop(covered: Float, places: Float, alignment: Alignment) -> Floa
     count = np.bincount(y * cells + x, minlength=cells * cells)
     total = np.bincount(y * cells + x, covered.ravel()[inside], cells * cells)
     mean = (total / np.maximum(count, 1)).reshape(cells, cells).astype(np.float32)
+    # The canvas as a plane: which of its pixels is nearest to a cell that none of them falls into.
+    some = np.c_[on_crop, np.ones(len(on_crop))][:: CANVAS_PX + 7]
+    rows, columns = np.divmod(np.arange(len(on_crop))[:: CANVAS_PX + 7], CANVAS_PX)
+    plane = np.linalg.lstsq(some, np.c_[columns, rows], rcond=None)[0]
+    grid = np.stack(np.meshgrid(np.arange(cells) + 0.5, np.arange(cells) + 0.5), -1)
+    near = np.clip(np.round(grid @ plane[:2] + plane[2]), 0, CANVAS_PX - 1).astype(np.int64)
+    mean = np.where(count.reshape(cells, cells) > 0, mean, covered[near[..., 1], near[..., 0]])
     return np.asarray(cv2.resize(mean, (ALIGNED_PX, ALIGNED_PX), interpolation=cv2.INTER_LINEAR), np.float32)
 
 
