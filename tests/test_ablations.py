@@ -31,6 +31,7 @@ from lipstream.training.ablations import (
     run_table,
     student_times,
 )
+from lipstream.training.distill import DistillConfig
 from lipstream.training.material import Material
 from tiny import coded_clips, tiny_codec, tiny_dit
 
@@ -75,6 +76,7 @@ def test_every_row_fits_the_recipe_and_defaults_are_the_papers_choice() -> None:
     for table in TABLES.values():
         for row in table.rows:
             assert isinstance(apply(Recipe(), row), Recipe)
+            apply(DistillConfig(), row)  # which has all these fields
             assert row.role == "student" or not row.changes
     final = next(row for row in TABLES["systems"].rows if row.name == "Lip Forcing, 2 calls")
     assert apply(Recipe(), final) == Recipe()

@@ -19,7 +19,7 @@ from lipstream.training.loop import LoopConfig
 from lipstream.training.material import Material
 from lipstream.training.mouths import MouthTask
 from lipstream.training.teacher import SEGMENT, SegmentListening, TeacherConfig, TeacherLoss
-from tiny import coded_clips, tiny_codec, tiny_dit
+from tiny import assert_learns, coded_clips, tiny_codec, tiny_dit
 
 FRAMES = 72  # room for a segment of 57 frames and another start
 
@@ -46,15 +46,7 @@ def test_teacher_learns(material: Material) -> None:
     task, model = task_of(material, config), tiny_dit(material.codec)
     loss = TeacherLoss(model, task, config)
     before = SegmentListening(task, material.held, config)({"model": model})
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    losses = []
-    for step in range(60):
-        value, _ = loss(step)
-        optimiser.zero_grad()
-        value.backward()
-        optimiser.step()
-        losses.append(value.item())
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert_learns(model, loss)
     after = SegmentListening(task, material.held, config)({"model": model})
     assert after["r_synth"] > max(0.3, before["r_synth"])
 
@@ -96,6 +88,23 @@ def test_only_the_exit_call_has_a_gradient(material: Material, exit_call: int) -
     with torch.no_grad():
         same = [roll_out(student, task, batch, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     assert torch.equal(*same)
+
+
+def test_defective_gradients_are_an_option_of_the_rollout(material: Material) -> None:
+    """Same samples, other gradients of the blocks."""
+    task = task_of(material, DistillConfig(batch=2))
+    batch = task.batch(SEGMENT)
+    made: dict[bool, tuple[Tensor, Tensor]] = {}
+    for defective in (False, True):
+        student = tiny_dit(material.codec)
+        generator = torch.Generator().manual_seed(0)
+        x0 = roll_out(student, task, batch, exit_call=1, generator=generator, defective_gradients=defective)
+        x0.square().mean().backward()
+        gradient = student.blocks[0].self_attn.v.weight.grad
+        assert gradient is not None
+        made[defective] = x0.detach(), gradient
+    assert torch.equal(made[False][0], made[True][0])
+    assert (made[True][1] - made[False][1]).norm() > 0.05 * made[False][1].norm()
 
 
 class Answers(DiT):

@@ -18,6 +18,7 @@ from lipstream.memory import MemoryNeed
 from lipstream.pipeline import LipSync
 from lipstream.session import SyncedFrame
 from official_files import write_official_folder
+from tiny import write_noise
 
 DEMO = Path(str(resources.files("lipstream"))) / "assets" / "demo"
 
@@ -30,16 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Half a second of speech."""
-    import wave
-
-    path = tmp_path_factory.mktemp("speech") / "short.wav"
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16_000)
-        noise = np.random.default_rng(0).normal(0, 3000, 7_000)
-        file.writeframes(noise.astype("<i2").tobytes())
-    return path
+    return write_noise(tmp_path_factory.mktemp("speech") / "short.wav", 7_000)
 
 
 def load(folder: Path, **options: object) -> LipSync:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import wave
 from fractions import Fraction
 from importlib import resources
 from itertools import pairwise
@@ -41,6 +40,7 @@ from lipstream.pipeline import LipSync
 from lipstream.session import SyncedFrame
 from official_files import write_official_folder
 from test_fullsize import LinearCodec
+from tiny import write_noise
 
 CLIP = Path(str(resources.files("lipstream"))) / "assets" / "demo" / "clip.mp4"
 SAMPLES = 21 * 640 + 300  # 21 frames: two chunks, 300 samples are never heard of
@@ -63,13 +63,7 @@ def official_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("speech") / "speech.wav"
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16_000)
-        file.writeframes(np.random.default_rng(0).normal(0, 3000, SAMPLES).astype("<i2").tobytes())
-    return path
+    return write_noise(tmp_path_factory.mktemp("speech") / "speech.wav", SAMPLES)
 
 
 def grey_video(path: Path, fps: int, frames: int = 12) -> Path:

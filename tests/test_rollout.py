@@ -20,6 +20,8 @@ from lipstream.diffusion import Rollout
 from lipstream.models.dit import FLAVOURS, Conditions, DiT, chunk_causal_frame_mask
 from lipstream.models.rope import grid_rotation, rotate
 from lipstream.streaming import KVCache
+from lipstream.training.defect import ForgetfulCache
+from lipstream.training.parallel import recompute_blocks
 
 TEST = FLAVOURS["test"]
 
@@ -131,6 +133,27 @@ def test_golden_training_rollout_gradients(exit_call: int) -> None:
     torch.testing.assert_close(norms, data[f"{prefix}.grad_norm.sorted"], rtol=1e-3, atol=1e-8)
     for key in (key for key in data if key.startswith(f"{prefix}.grad.")):
         assert_close(grads[key.removeprefix(f"{prefix}.grad.")], data[key], 1e-3)
+
+
+@pytest.mark.parametrize("exit_call", [0, 1])
+def test_golden_gradients_with_the_references_defect(exit_call: int) -> None:
+    data = vectors("dit_causal_rollout")
+    model = golden_model().requires_grad_(True)
+    recompute_blocks(model)
+    cache = model.make_cache(1, 8, 12, kind=ForgetfulCache)
+    assert isinstance(cache, ForgetfulCache)
+    rollout = Rollout(model, height=8, width=12, noise=stored_noise(data, 0.999), cache=cache)
+    x0 = run(rollout, golden_conditions(data, model), 5, exit_call=exit_call)
+    cache.forget()
+    prefix = f"out.train_rollout.exit{exit_call}"
+    assert_close(x0, data[f"{prefix}.x0_all"], 5e-5)
+    (x0 * data["in.train_rollout.loss_weights"]).mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    for key in (key for key in data if key.startswith(f"{prefix}.defect_as_in_reference.grad.")):
+        name = key.rpartition(".grad.")[2]
+        assert_close(grads[name], data[key], 1e-3)
+        right = data.get(f"{prefix}.grad.{name}")
+        assert right is None or name == "head.head.bias" or (grads[name] - right).norm() > 0.05 * right.norm()
 
 
 def test_window_table() -> None:
@@ -251,6 +274,27 @@ def test_guidance_uses_one_conditional_history() -> None:
     silent = dataclasses.replace(conditions, audio=None)
     a, b = run(seeded(model), silent, 3), run(seeded(model, guidance=3.0), silent, 3)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_each_call_can_have_its_own_guidance() -> None:
+    model, conditions = random_model(TEST), random_conditions(TEST, 1, 9, 4, 4)
+    for one, each in ((1.0, (1.0, 1.0)), (3.0, (3.0, 3.0))):
+        assert torch.equal(
+            run(seeded(model, guidance=one), conditions, 3), run(seeded(model, guidance=each), conditions, 3)
+        )
+    part = conditions.slice(slice(0, 3))
+    last, plain = seeded(model, guidance=(1.0, 3.0)), seeded(model)
+    assert torch.equal(last.step(part, exit_call=0), plain.step(part, exit_call=0))  # the first call has none
+    last, strong = seeded(model, guidance=(1.0, 3.0)), seeded(model, guidance=3.0)
+    got = last.step(part)
+    assert (got - strong.step(part)).abs().max() > 1e-3 and (got - seeded(model).step(part)).abs().max() > 1e-3
+    joined, apart = (seeded(model, guidance=(1.0, 3.0), join_clean_pass=join) for join in (True, False))
+    torch.testing.assert_close(run(joined, conditions, 3), run(apart, conditions, 3), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="2 calls take one guidance or 2"):
+        seeded(model, guidance=(1.0, 2.0, 3.0))
+    with pytest.raises(ValueError, match="guidance 1"):
+        seeded(model, guidance=(2.0, 1.0), join_clean_pass=True)
 
 
 @torch.no_grad()

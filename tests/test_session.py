@@ -46,7 +46,7 @@ def test_take_is_deterministic_and_its_seed_matters() -> None:
 
     one = run(1)
     np.testing.assert_array_equal(one, run(1))
-    assert np.abs(one - run(2)).max() > 1e-3
+    assert np.abs(one - run(2)).max() > 1e-5  # one call from t = 0.999 leaves little of the noise
 
 
 def test_take_hears_the_speech_but_not_the_sources_hidden_mouth() -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import wave
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from lipstream.faces.canvas import FaceCanvas
 from lipstream.inside import LipRuler
@@ -78,3 +84,26 @@ def coded_clips(count: int, frames: int) -> list[Coded]:
         code_clip(codec, sampler, c, torch.randn(2, len(c), 16).half(), plain=i == 0, ruler=ruler)
         for i, c in enumerate(clips)
     ]
+
+
+def assert_learns(model: nn.Module, loss: Callable[[int], tuple[Tensor, Any]], steps: int = 60) -> None:
+    """Adam on ``loss`` takes at least a fifth off it."""
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for step in range(steps):
+        value, _ = loss(step)
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        losses.append(value.item())
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def write_noise(path: Path, samples: int) -> Path:
+    """A sound file of 16 kHz noise."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(np.random.default_rng(0).normal(0, 3000, samples).astype("<i2").tobytes())
+    return path

@@ -51,7 +51,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --videos: folder of the results")
     add_model(parser)
     add_full_size(parser)
-    parser.set_defaults(seed=None)  # the model's own: 0, with --parity 42
     add_running(parser)
     parser.add_argument("--force", action="store_true", help="overwrite outputs that another program made")
     add_verbose(parser)

@@ -78,7 +78,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_full_size(parser: argparse.ArgumentParser) -> None:
-    """The options for full-size models; the small one takes `--dtype` alone."""
+    """The options for full-size models; the small one takes `--dtype` alone. `--seed` becomes the model's own."""
     group = parser.add_argument_group("full-size models")
     group.add_argument("--device", help="torch device: cpu (default), cuda, cuda:1")
     group.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the networks")
@@ -98,6 +98,7 @@ def add_full_size(parser: argparse.ArgumentParser) -> None:
         "face in every frame, the end cut to 12 n - 3 frames (up to half a second of speech), the whole crop "
         "pasted back",
     )
+    parser.set_defaults(seed=None)  # the model's own: 0, with --parity 42
 
 
 def load_model(args: argparse.Namespace) -> LipSync:

@@ -5,6 +5,7 @@ $ lipstream evaluate syncnet talk.mp4                                  # Sync-C,
 $ lipstream evaluate codec samples/ --model runs/codec/checkpoint.pt   # the codec against thumbnails
 $ lipstream evaluate fidelity talk.mp4 speech.wav                      # what must not change
 $ lipstream evaluate speed talk.mp4                                    # frames/s, first frame, memory
+$ lipstream evaluate drift talk.mp4 --seconds 60                       # the end of a long run against its beginning
 $ lipstream evaluate torture                                           # every kind of video and hostile file
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # torch and the face networks load only for the sub-command t
 
 def add_parser(subparsers: Any) -> None:
     """Add `evaluate` and its sub-commands to the main parser's sub-parsers."""
-    evaluate = subparsers.add_parser("evaluate", help="measure a model: sync, codec, fidelity, speed, torture")
+    evaluate = subparsers.add_parser("evaluate", help="measure a model: sync, codec, fidelity, speed, drift, torture")
     actions = evaluate.add_subparsers(dest="evaluate_command", required=True, metavar="FIGURE")
     sync = actions.add_parser("sync", help="lips against speech: own speech onto the time-reversed picture")
     sync.add_argument("clips", type=Path, nargs="+", metavar="CLIP", help="25 fps videos with their own speech")
@@ -52,6 +53,10 @@ def add_parser(subparsers: Any) -> None:
     speed.add_argument("clip", type=Path, metavar="CLIP", help="a talking clip; scaled to 512 x 512 and looped")
     speed.add_argument("--audio", type=Path, help="speech (default: the clip's own)")
     speed.add_argument("--minutes", type=positive, nargs="+", default=[1, 10], help="input lengths (default: 1 10)")
+    drift = actions.add_parser("drift", help="colour, identity and sharpness: the end of a long run against its start")
+    drift.add_argument("clip", type=Path, metavar="CLIP", help="a talking clip; scaled to 512 x 512 and repeated")
+    drift.add_argument("--audio", type=Path, help="speech (default: the clip's own)")
+    drift.add_argument("--seconds", type=positive, default=60, help="length of the run (default: 60)")
     torture = actions.add_parser("torture", help="every kind of video that people bring, and files that attackers send")
     torture.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose names begin so")
     torture.add_argument("--long", action="store_true", help="also the cases that take minutes")
@@ -61,6 +66,7 @@ def add_parser(subparsers: Any) -> None:
         (codec, _codec),
         (fidelity, _fidelity),
         (speed, _speed),
+        (drift, _drift),
         (torture, _torture),
     )
     for parser, action in measures:
@@ -214,6 +220,18 @@ def _speed(args: argparse.Namespace) -> int:
     figures["warm"] = asdict(warm)
     print(f"warm: {warm.fps:.1f} frames/s, first frame after {warm.first_frame_seconds:.2f} s")
     _write(args.json, figures)
+    return EXIT_OK
+
+
+def _drift(args: argparse.Namespace) -> int:
+    from lipstream.evaluation.drift import COMPARED_SECONDS, measure_drift
+
+    silence_tflite()
+    found = measure_drift(_load(args), args.clip, args.audio or args.clip, args.seconds)
+    print(f"last {COMPARED_SECONDS} s against the first {COMPARED_SECONDS} s of {args.seconds} s:")
+    for name in ("colour", "identity", "sharpness", "opening"):
+        print(f"  {name}: {100 * getattr(found, name):+.2f} %")
+    _write(args.json, asdict(found))
     return EXIT_OK
 
 

@@ -46,7 +46,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="result: .mp4, .mov or .mkv")
     add_model(parser)
     add_full_size(parser)
-    parser.set_defaults(seed=None)  # the model's own: 0, with --parity 42
     add_sync_options(parser)
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     add_verbose(parser)

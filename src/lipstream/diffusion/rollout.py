@@ -15,7 +15,7 @@ for the device: a step only queues work.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +51,9 @@ class RolloutSnapshot:
 class Rollout:
     """The causal student on one clip; see the module docstring.
 
-    height, width: latent cells. guidance: audio guidance scale; other than 1 runs a null-audio branch beside
-    the conditional one over the same history. times: the calls' times and, last, the time of the clean pass.
+    height, width: latent cells. guidance: audio guidance scale, of all calls or one for each; other than 1 runs a
+    null-audio branch beside the conditional one over the same history. times: the calls' times and, last, the time of
+    the clean pass.
     join_clean_pass: run an owed clean pass and the next chunk's first call as one pass over the weights, for
     throughput; same result within rounding, but a call of six latent frames where others have three.
     cache: replaces the model's own kind (another window, absolute positions).
@@ -67,20 +68,24 @@ class Rollout:
         width: int,
         dtype: torch.dtype | None = None,
         seed: int = 0,
-        guidance: float = 1.0,
+        guidance: float | Sequence[float] = 1.0,
         times: tuple[float, ...] = STUDENT_TIMES,
         noise: NoiseSource | None = None,
         cache: KVCache | None = None,
         join_clean_pass: bool = False,
     ) -> None:
-        if join_clean_pass and guidance != 1.0:
-            raise ValueError("a joined clean pass has one branch: use guidance 1 or join_clean_pass=False")
         if len(times) < 2:
             raise ValueError(f"times need at least one call and the clean pass, got {times}")
+        calls = len(times) - 1
+        scales = (guidance,) * calls if isinstance(guidance, float | int) else tuple(guidance)
+        if len(scales) != calls:
+            raise ValueError(f"{calls} calls take one guidance or {calls}, got {scales}")
+        if join_clean_pass and scales[0] != 1.0:
+            raise ValueError("a joined clean pass has one branch: use guidance 1 or join_clean_pass=False")
         self.model = model
         self.batch, self.height, self.width = batch, height, width
         self.dtype = model.dtype if dtype is None else dtype
-        self.seed, self.guidance, self.times = seed, guidance, times
+        self.seed, self.guidance, self.times = seed, scales, times
         self.cache = model.make_cache(batch, height, width) if cache is None else cache
         self.chunk = 0  # number of the next chunk
         self.join_clean_pass = join_clean_pass
@@ -107,15 +112,17 @@ class Rollout:
             noise = generated_noise(generator, shape, self.dtype, self.model.device)
         else:
             noise = self._noise(self.chunk)
-        branches = conditions if self.guidance == 1.0 else self._with_null_branch(conditions)
+        branches = self._with_null_branch(conditions) if set(self.guidance) != {1.0} else None
+        scales = iter(self.guidance)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if branches is conditions:
+            scale = next(scales)
+            if scale == 1.0 or branches is None:
                 owed, self._owed = self._clean_pass(), None
                 return self.model.predict(x, t, conditions, cache=self.cache, owed=owed).x0
             both = self.model.predict(x.repeat(2, 1, 1, 1, 1), t.repeat(2), branches, cache=self.cache).x0
             x_cond, x_null = both.chunk(2)
-            return guided(x_cond, x_null, self.guidance)
+            return guided(x_cond, x_null, scale)
 
         x0 = few_step(denoise, noise, self.times[:-1], exit_call=exit_call)
         self._owed = Owed(x0=x0.detach(), conditions=conditions)

@@ -194,7 +194,8 @@ class _Run:
             return marked
 
         self.rollout = Rollout(
-            parts.model, height=parts.height, width=parts.width, guidance=parts.guidance, noise=noise,
+            parts.model, height=parts.height, width=parts.width, times=parts.times, guidance=parts.guidance,
+            noise=noise,
             join_clean_pass=self.config.join_clean_pass,
         )  # fmt: skip
 
@@ -251,7 +252,7 @@ def bench(config: BenchConfig, progress: Callable[[str], None] | None = None) ->
         config.model, device=device, dtype=DTYPES[config.dtype], size=config.size, layers=config.layers,
         seed=config.seed,
     )  # fmt: skip
-    if config.join_clean_pass and parts.guidance != 1.0:
+    if config.join_clean_pass and parts.guidance[0] != 1.0:
         raise ValueError(f"{config.model} runs with audio guidance {parts.guidance}: a clean pass cannot be joined")
     parts.model.backend = config.attention
     parts.model.fuse_projections()
@@ -279,8 +280,7 @@ def bench(config: BenchConfig, progress: Callable[[str], None] | None = None) ->
         stages = prepared_stages
     flops = _dit_flops(parts, config)
     chunk_flops, times = sum(flops.values()), stages.cpu if device.type == "cpu" else stages.wall
-    branches = 1 if parts.guidance == 1.0 else 2
-    reference = parts.costs.reference_chunk_flops() * (2 * branches + 1) / 3
+    reference = parts.costs.reference_chunk_flops() * (sum(_branches(parts)) + 1) / 3
     return BenchReport(
         config=config,
         machine=_machine(device),
@@ -382,12 +382,18 @@ def _p99(values: list[float]) -> float:
 
 def _dit_flops(parts: BenchParts, config: BenchConfig) -> dict[str, int]:
     """Operations of the DiT's stages in a steady chunk, guidance branches included."""
-    costs, keys, branches = parts.costs, parts.text_keys, 1 if parts.guidance == 1.0 else 2
+    costs, keys = parts.costs, parts.text_keys
     own, window = parts.model.config.chunk_latent_frames, parts.model.config.window_latent_frames
-    call, clean = branches * costs.call_flops(own, window, keys), costs.clean_flops(own, window, keys)
+    call, clean = costs.call_flops(own, window, keys), costs.clean_flops(own, window, keys)
+    calls = {f"call {number}": branches * call for number, branches in enumerate(_branches(parts), 1)}
     if config.join_clean_pass:
-        return {"call 1": call + clean, "call 2": call}
-    return {"call 1": call, "call 2": call, "clean": clean}
+        return calls | {"call 1": calls["call 1"] + clean}
+    return calls | {"clean": clean}
+
+
+def _branches(parts: BenchParts) -> list[int]:
+    """Of each call: a guided one has a second, without speech."""
+    return [1 if scale == 1.0 else 2 for scale in parts.guidance]
 
 
 def _table(parts: BenchParts, config: BenchConfig, clock: Clock) -> list[StageFigures]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lipstream.devices import free_bytes
 from lipstream.diffusion.lengths import CHUNK_LATENT_FRAMES
+from lipstream.diffusion.schedule import STUDENT_TIMES
 from lipstream.evaluation.costs import DiTCosts
 from lipstream.media.timeline import CHUNK_PIXEL_FRAMES, FIRST_CHUNK_PIXEL_FRAMES, MODEL_FPS, SPEECH_RATE
 from lipstream.memory import dit_parameters
@@ -62,7 +63,8 @@ class BenchParts:
     model: DiT
     height: int
     width: int
-    guidance: float
+    times: tuple[float, ...]
+    guidance: tuple[float, ...]
     weights: str
     text: TextMemory | None
     make_codec: Callable[[], Codec] | None
@@ -123,8 +125,8 @@ def load_parts(
     notes.append("speech features are random rows: the speech encoder is not measured")
     make_codec = None if flavour == "test" else wan_codec(size, device, dtype, notes)
     return BenchParts(
-        model=model, height=cells, width=cells, guidance=1.0, weights="random", text=model.prepare_text(text),
-        make_codec=make_codec, make_rows=None, notes=notes,
+        model=model, height=cells, width=cells, times=STUDENT_TIMES, guidance=(1.0, 1.0), weights="random",
+        text=model.prepare_text(text), make_codec=make_codec, make_rows=None, notes=notes,
     )  # fmt: skip
 
 
@@ -232,11 +234,12 @@ def _pocket(device: torch.device, dtype: torch.dtype, size: int | None, layers: 
     if notes:
         model, weights = DiT(config).eval().requires_grad_(False).to(device, dtype), "random"
     notes.append("face tracking and compositing are not in these figures; `lipstream evaluate speed` has them")
-    notes.append(f"audio guidance {mouth.guidance}: each call has two branches")
+    notes.append(f"{len(mouth.times) - 1} call a chunk; audio guidance {mouth.guidance}: it has two branches")
     codec = mouth.codec.to(device)
     speech = mouth.speech.to(device)
     return BenchParts(
-        model=model, height=mouth.codec.config.grid, width=mouth.codec.config.grid, guidance=mouth.guidance,
+        model=model, height=mouth.codec.config.grid, width=mouth.codec.config.grid, times=mouth.times,
+        guidance=mouth.guidance_of_calls,
         weights=weights, text=None, make_codec=lambda: PocketBenchCodec(codec),
         make_rows=lambda: speech_rows(speech, device), notes=notes,
     )  # fmt: skip

@@ -160,8 +160,10 @@ class DiT(nn.Module):
         rows, columns = self.token_grid(height, width)
         return rows * columns if self.active is None else len(self.active)
 
-    def make_cache(self, batch: int, height: int, width: int, **overrides: Any) -> KVCache:
-        """An empty cache for height x width latent cells; overrides go to `KVCache` (window, sink)."""
+    def make_cache(
+        self, batch: int, height: int, width: int, kind: type[KVCache] = KVCache, **overrides: Any
+    ) -> KVCache:
+        """An empty cache for height x width latent cells; overrides go to its ``kind`` (window, sink)."""
         settings: dict[str, Any] = {
             "layers": self.config.num_layers,
             "batch": batch,
@@ -173,7 +175,7 @@ class DiT(nn.Module):
             "dtype": self.dtype,
             "device": self.device,
         }
-        return KVCache(**(settings | overrides))
+        return kind(**(settings | overrides))
 
     def forward(self, x: Tensor, t: Tensor, conditions: Conditions, **options: Any) -> Tensor:
         """The x0 prediction of `predict`, [B, C, T, H, W]."""

@@ -47,8 +47,10 @@ from lipstream.models.audio import load_speech_encoder
 from lipstream.models.codec import FRAMES_PER_LATENT, PocketCodec
 from lipstream.models.dit import DiT
 from lipstream.models.syncnet_pocket import SyncScorer
+from lipstream.streaming.kv_cache import KVCache
 from lipstream.training import parallel
 from lipstream.training.coded import Windows
+from lipstream.training.defect import ForgetfulCache
 from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.material import Material, add_material, read_material
 from lipstream.training.mouths import Batch, MouthConfig, MouthTask
@@ -78,6 +80,7 @@ class DistillTerms:
         student_lr, critic_lr: of the two optimisers.
         latent_frames: of a rollout.
         cache_window: (window, sink) of the rollout's cache in latent frames; None: the network's own.
+        defective_gradients: the student's are computed with the reference's mistake (`training.defect`).
     """
 
     times: tuple[float, ...] = STUDENT_TIMES
@@ -92,6 +95,7 @@ class DistillTerms:
     critic_lr: float = 2e-4
     latent_frames: int = SEGMENT
     cache_window: tuple[int, int] | None = None
+    defective_gradients: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +176,9 @@ class Distillation(Generic[BatchT]):
         config = self.config
         exit_call = int(parallel.share(float(self.task.rng.integers(len(config.times) - 1))))
         return roll_out(
-            self.student, self.task, batch, config.times, exit_call=exit_call, cache_window=config.cache_window
-        )
+            self.student, self.task, batch, config.times, exit_call=exit_call, cache_window=config.cache_window,
+            defective_gradients=config.defective_gradients,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _gradient(self, generated: Tensor, batch: BatchT) -> Tensor:
@@ -204,6 +209,7 @@ def roll_out(
     guidance: float = 1.0,
     generator: torch.Generator | None = None,
     cache_window: tuple[int, int] | None = None,
+    defective_gradients: bool = False,
 ) -> Tensor:
     """x0 [B, C, T, H, W] of the student on a batch, chunk by chunk, as `lipstream sync` makes it.
 
@@ -211,24 +217,31 @@ def roll_out(
         exit_call: ends every chunk after that call, which alone has a gradient; None: the last call.
         generator: of the noise; None: torch's own.
         cache_window: (window, sink) of the cache; None: the network's own.
+        defective_gradients: with the reference's mistake (`training.defect`); the result is the same.
     """
+    if defective_gradients:
+        parallel.recompute_blocks(student)
     size, channels, latent_frames, height, width = batch.target.shape
     chunk, device = student.config.chunk_latent_frames, batch.target.device
     if latent_frames % chunk:
         raise ValueError(f"a rollout is made of chunks of {chunk} latent frames, {latent_frames} are not")
     shape = (size, channels, chunk, height, width)
     limits = {} if cache_window is None else dict(zip(_CACHE_LIMITS, cache_window, strict=True))
+    kind = ForgetfulCache if defective_gradients else KVCache
+    cache = student.make_cache(size, height, width, kind, dtype=torch.bfloat16, **limits)
     with torch.autocast(device.type, torch.bfloat16):
         conditions = task.conditions(student, batch)
         rollout = Rollout(
             student, batch=size, height=height, width=width, times=times, guidance=guidance,
             noise=lambda number: lambda call: torch.randn(shape, generator=generator, device=device),
-            cache=student.make_cache(size, height, width, dtype=torch.bfloat16, **limits),
+            cache=cache,
         )  # fmt: skip
         parts = [
             rollout.step(conditions.slice(slice(start, start + chunk)), exit_call=exit_call)
             for start in range(0, latent_frames, chunk)
         ]
+    if isinstance(cache, ForgetfulCache):
+        cache.forget()
     return torch.cat(parts, 2).float()
 
 

@@ -13,7 +13,7 @@ sizes (`WholeClips`, spec 5.1): all chunks of a clip, with a window and a sink d
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol
@@ -27,6 +27,7 @@ from lipstream.diffusion.schedule import STUDENT_TIMES, add_noise
 from lipstream.models.codec import FRAMES_PER_LATENT
 from lipstream.models.dit import FLAVOURS, DiT
 from lipstream.streaming.windows import chunk_causal_frame_mask, chunk_ranges
+from lipstream.training.agreement import Agreement, add_agreement, read_agreement
 from lipstream.training.coded import CHUNK, STEADY, Coded, Windows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.material import Material, add_material, read_material
@@ -133,10 +134,20 @@ class ForcingConfig(MouthConfig, RollingWindows):
 
 
 class ForcingLoss(Generic[BatchT]):
-    """Stage-1 loss on random windows."""
+    """Stage-1 loss on random windows.
 
-    def __init__(self, model: DiT, task: Task[BatchT], config: ForcingTerms) -> None:
-        self.model, self.task, self.config = model, task, config
+    Args:
+        beside: (x0, batch, latent frames that are not context) -> a loss to add.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        task: Task[BatchT],
+        config: ForcingTerms,
+        beside: Callable[[Tensor, BatchT, slice], Tensor] | None = None,
+    ) -> None:
+        self.model, self.task, self.config, self.beside = model, task, config, beside
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
         layout = self.config.layout(self.task.rng)
@@ -148,7 +159,11 @@ class ForcingLoss(Generic[BatchT]):
         counted = (layout.chunk_of >= 0).to(target.device).expand(len(target), -1)
         errors = self.task.errors(x0, target)
         loss = self.config.loss_scale * (errors.loss * counted).sum() / counted.sum()
-        return loss, self._metrics(errors, self.task.errors(batch.reference, target), (t > 0.9) & counted)
+        metrics = self._metrics(errors, self.task.errors(batch.reference, target), (t > 0.9) & counted)
+        if self.beside is not None:
+            added = self.beside(x0, batch, slice(int((layout.chunk_of < 0).sum()), None))
+            loss, metrics["beside"] = loss + added, added.item()
+        return loss, metrics
 
     def _times(self, chunk_of: Tensor, batch: int) -> Tensor:
         """[B, T]; context is clean."""
@@ -218,6 +233,7 @@ def train(
     config: ForcingConfig,
     flavour: str = "pocket",
     start_from: Path | None = None,
+    agreement: Callable[[MouthTask], Agreement] | None = None,
 ) -> DiT:
     """Stage 1; resumes from ``run``, else goes on from a weights file. Returns the averaged model.
 
@@ -228,7 +244,8 @@ def train(
         model.load_state_dict(load_dit(start_from)[0].state_dict())
     windows = Windows(material.coded, material.weights, seed=10)
     task = MouthTask(material.codec, windows, config)
-    trainer = Loop([Trainee(model=model, loss=ForcingLoss(model, task, config))], loop, run)
+    beside = None if agreement is None else agreement(task)
+    trainer = Loop([Trainee(model=model, loss=ForcingLoss(model, task, config, beside))], loop, run)
     task.rng = np.random.default_rng(trainer.seed(10))  # a resumed run goes on to new draws
     evaluate = None
     if material.held:
@@ -254,11 +271,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--start-from", type=Path, metavar="DIT", help="weights to go on from where RUN is new")
+    add_agreement(parser)
     arguments = parser.parse_args()
     config = ForcingConfig(batch=arguments.batch)
     material = read_material(arguments, config.versions)
     loop = LoopConfig(steps=arguments.steps, lr=arguments.lr)
-    train(arguments.run, material, loop, config, start_from=arguments.start_from)
+    agreement = read_agreement(arguments)
+    train(arguments.run, material, loop, config, start_from=arguments.start_from, agreement=agreement)
 
 
 if __name__ == "__main__":

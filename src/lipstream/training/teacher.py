@@ -13,7 +13,7 @@ guidance. A segment of the pocket model is 15 latent frames, five chunks of the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol
@@ -32,6 +32,7 @@ from lipstream.diffusion.schedule import (
     x0_from_velocity,
 )
 from lipstream.models.dit import FLAVOURS, DiT
+from lipstream.training.agreement import Agreement, add_agreement, read_agreement
 from lipstream.training.coded import CHUNK, Coded, Windows
 from lipstream.training.loop import Loop, LoopConfig, Trainee
 from lipstream.training.material import Material, add_material, read_material
@@ -96,10 +97,20 @@ class TeacherConfig(MouthConfig, InverseSquare):
 
 
 class TeacherLoss(Generic[BatchT]):
-    """Flow matching on random segments."""
+    """Flow matching on random segments.
 
-    def __init__(self, model: DiT, task: Task[BatchT], config: TeacherTerms) -> None:
-        self.model, self.task, self.config = model, task, config
+    Args:
+        beside: (x0, batch, latent frames) -> a loss to add.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        task: Task[BatchT],
+        config: TeacherTerms,
+        beside: Callable[[Tensor, BatchT, slice], Tensor] | None = None,
+    ) -> None:
+        self.model, self.task, self.config, self.beside = model, task, config, beside
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
         batch = self.task.batch(self.config.latent_frames)
@@ -110,9 +121,14 @@ class TeacherLoss(Generic[BatchT]):
         # What the right velocity leads to. Where the network is told another time than the noise has (`Bell`), that is
         # not quite the clean latents; its error is the velocity's times t.
         aim = target if torch.equal(t, level) else x0_from_velocity(noisy, noise - target, t)
-        errors = self.task.errors(predict(self.task, self.model, noisy, t, batch), aim)
+        x0 = predict(self.task, self.model, noisy, t, batch)
+        errors = self.task.errors(x0, aim)
         loss = (errors.loss.mean(1) * (weight / t.square()).float()).mean()
-        return loss, errors.figures(level >= T_MAX, "from_noise")
+        metrics = errors.figures(level >= T_MAX, "from_noise")
+        if self.beside is not None:
+            added = self.beside(x0, batch, slice(None))
+            loss, metrics["beside"] = loss + added, added.item()
+        return loss, metrics
 
 
 class SegmentListening:
@@ -162,7 +178,14 @@ def gap_correlation(task: MouthTask, x0: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(centred[0], centred[1], dim=-1)
 
 
-def train(run: Path, material: Material, loop: LoopConfig, config: TeacherConfig, start_from: Path | None) -> DiT:
+def train(
+    run: Path,
+    material: Material,
+    loop: LoopConfig,
+    config: TeacherConfig,
+    start_from: Path | None,
+    agreement: Callable[[MouthTask], Agreement] | None = None,
+) -> DiT:
     """Train or resume the pocket teacher; returns the averaged model.
 
     Args:
@@ -173,7 +196,8 @@ def train(run: Path, material: Material, loop: LoopConfig, config: TeacherConfig
         model.load_state_dict(load_dit(start_from)[0].state_dict())
     windows = Windows(material.coded, material.weights, seed=20, latent_frames=SEGMENT)
     task = MouthTask(material.codec, windows, config)
-    trainer = Loop([Trainee(model=model, loss=TeacherLoss(model, task, config))], loop, run)
+    beside = None if agreement is None else agreement(task)
+    trainer = Loop([Trainee(model=model, loss=TeacherLoss(model, task, config, beside))], loop, run)
     task.rng = np.random.default_rng(trainer.seed(20))  # a resumed run goes on to new draws
     trained = trainer.run(SegmentListening(task, material.held, config) if material.held else None)["model"]
     assert isinstance(trained, DiT)
@@ -192,10 +216,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--start-from", type=Path, metavar="DIT")
+    add_agreement(parser)
     arguments = parser.parse_args()
     config = TeacherConfig(batch=arguments.batch)
     material = read_material(arguments, config.versions)
-    train(arguments.run, material, LoopConfig(steps=arguments.steps, lr=arguments.lr), config, arguments.start_from)
+    loop = LoopConfig(steps=arguments.steps, lr=arguments.lr)
+    train(arguments.run, material, loop, config, arguments.start_from, read_agreement(arguments))
 
 
 if __name__ == "__main__":
