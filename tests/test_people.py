@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
-from functools import cache, partial
-from itertools import islice
+from functools import cache
 from pathlib import Path
 
 import av
@@ -14,13 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from lipstream import casting
-from lipstream.beginning import Beginning, speaking, watch_beginning
+from lipstream.beginning import Beginning, speaking
 from lipstream.casting import Cast
 from lipstream.evaluation.speed import write_wav
 from lipstream.faces.canvas import Alignment, FaceCanvas
 from lipstream.faces.likeness import SAME, Gallery, looks_of
-from lipstream.faces.mesh import region_from_landmarks
 from lipstream.faces.occlusion import FORGET_PIXEL_FRAMES, WARM_PIXEL_FRAMES, Cover
 from lipstream.faces.people import PeopleTracker, Person
 from lipstream.faces.pose import FRONTAL_DEGREES, PROFILE_DEGREES, FrontalGate, yaw_degrees
@@ -203,46 +200,6 @@ def test_auto_is_somebody_whom_no_other_voice_named(pair: Path) -> None:
         _, (main, second) = cast.step(next(iter(reader)))
         assert main is not None and second is not None
         assert (second.landmarks[1, 0] < SIDE) == (named == "left") != (main.landmarks[1, 0] < SIDE)
-
-
-def test_a_run_says_whose_lips_move_and_why(pair: Path, tmp_path: Path) -> None:
-    told = {
-        "auto": ("the largest of 2 faces", None),
-        "right": ("the right one of 2 faces", False),
-        "0.25,0.5@0.2": ("who is at that place", True),
-    }
-    for speaker, (why, left) in told.items():
-        reader = VideoReader(pair)
-        cast = Cast(reader, [parse_speaker(speaker)])
-        assert [waits.text for waits in cast.waiting()] == [speaker]
-        for frame in islice(reader, 3):
-            _, (track,) = cast.step(frame)
-        (choice,) = cast.choices
-        assert (choice.speaker, choice.why, choice.seconds) == (speaker, why, 0.0) and not cast.waiting()
-        assert track is not None and choice.person == track.id
-        face = region_from_landmarks(track.landmarks)
-        assert abs(choice.place[0] - face.x) < 8 and abs(choice.place[1] - face.y) < 8
-        assert left is None or (choice.place[0] < SIDE) == left
-
-
-def test_a_second_voice_begins_with_the_second_face(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Nobody waits ten seconds for a face that was nobody's before."""
-    monkeypatch.setattr(casting, "watch_beginning", partial(watch_beginning, seconds=0.2))
-    nobody = np.zeros_like(one()[0])
-    alone = [np.concatenate([one()[i], nobody], axis=1) for i in range(14)]
-    reader = VideoReader(video_of(tmp_path / "later.mp4", [*alone, *(side_by_side(i) for i in range(14, 30))]))
-    cast = Cast(reader, [parse_speaker("left"), parse_speaker("auto")])
-    assert "speaker 'auto' waits for a face that has no voice yet: the first 4 s show 1" in caplog.text
-    for frame in reader:
-        _, (first, second) = cast.step(frame)
-        assert first is not None and first.landmarks[1, 0] < SIDE
-        assert frame.index >= 14 or second is None
-    assert second is not None and second.landmarks[1, 0] > SIDE
-    assert [choice.speaker for choice in cast.choices] == ["left", "auto"]
-    late = cast.choices[1]
-    assert late.why == "the first face without a voice" and 14 / 25 <= late.seconds <= 27 / 25
 
 
 def test_a_sound_that_cannot_be_heard_costs_nothing(tmp_path: Path) -> None:
