@@ -1,4 +1,4 @@
-"""The measure of trembling: nothing for what moves evenly, more for what trembles, and a run that is a copy scores 1."""
+"""The measure of trembling: nothing for what moves evenly, more for what trembles; a run that is a copy scores 1."""
 
 from __future__ import annotations
 

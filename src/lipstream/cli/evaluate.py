@@ -227,6 +227,9 @@ def _speed(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+_JITTER = "{}: sideways {:.2f}, vertical {:.2f}; typical frame {:.2f}, {:.2f}"
+
+
 def _jitter(args: argparse.Namespace) -> int:
     import numpy as np
 
@@ -237,13 +240,10 @@ def _jitter(args: argparse.Namespace) -> int:
     for clip in args.clips:
         row = measure_jitter(lipsync, clip)
         rows.append(row)
-        ratios = (*row.ratio, *row.typical_ratio)
-        print(
-            "{}: sideways {:.2f}, vertical {:.2f}; typical frame {:.2f}, {:.2f}".format(row.name, *ratios), flush=True
-        )
+        print(_JITTER.format(row.name, *row.ratio, *row.typical_ratio), flush=True)
     table = np.array([(*row.ratio, *row.typical_ratio) for row in rows])
     for word, values in (("mean", table.mean(0)), ("worst", table.max(0))):
-        print("{}: sideways {:.2f}, vertical {:.2f}; typical frame {:.2f}, {:.2f}".format(word, *values))
+        print(_JITTER.format(word, *values))
     _write(args.json, [asdict(row) | {"ratio": row.ratio, "typical_ratio": row.typical_ratio} for row in rows])
     return EXIT_OK
 
