@@ -228,7 +228,8 @@ class Compositor:
         if float(need.max()) < 0.02:
             return frame
         # Neighbouring columns shut together, or the rest of the teeth would stand there like pickets.
-        need = cv2.GaussianBlur(cv2.dilate(need.reshape(1, -1), np.ones((1, 5), np.uint8)), (9, 1), 2.0)[0]
+        spread = cv2.GaussianBlur(cv2.dilate(need.reshape(1, -1), np.ones((1, 5), np.uint8)), (9, 1), 2.0)
+        need = np.asarray(spread[0], np.float32)
         back = alignment.inverse.astype(np.float32)
         colours = []
         for edge in (upper - _LIP_PX, lower + _LIP_PX):
