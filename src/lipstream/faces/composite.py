@@ -234,8 +234,8 @@ class Compositor:
         colours = []
         for edge in (upper - _LIP_PX, lower + _LIP_PX):
             x, y = (_row(source_map[..., i], edge) for i in (0, 1))
-            at_x, at_y = (back[i, 0] * x + back[i, 1] * y + back[i, 2] for i in (0, 1))
-            lips = cv2.remap(frame, at_x[None], at_y[None], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            lip_x, lip_y = (back[i, 0] * x + back[i, 1] * y + back[i, 2] for i in (0, 1))
+            lips = cv2.remap(frame, lip_x[None], lip_y[None], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
             # Widely averaged: where teeth stand out beyond the edge of a lip, its neighbours have the colour.
             colours.append(cv2.blur(lips.astype(np.float32), (31, 1))[0])
         rows = columns[:, None]
@@ -248,10 +248,9 @@ class Compositor:
         if box is None:
             return frame
         on_canvas = self._on_canvas(source_map, alignment, box)
-        layers = np.concatenate([paint, weight[..., None]], -1).astype(np.float32)
-        layers = cv2.remap(
-            layers, on_canvas[..., 0], on_canvas[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT
-        )
+        layers: Float = np.concatenate([paint, weight[..., None]], -1).astype(np.float32)
+        at_x, at_y = on_canvas[..., 0], on_canvas[..., 1]
+        layers = np.asarray(cv2.remap(layers, at_x, at_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT), np.float32)
         sealed = frame.copy()
         part = sealed[box[1] : box[3], box[0] : box[2]]
         part[:] = part + layers[..., 3:] * (layers[..., :3] - part) + 0.5
