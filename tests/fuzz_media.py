@@ -104,9 +104,9 @@ def check(path: Path) -> str:
 
 def child(paths: list[str]) -> int:
     """Inside the limited process: one line before and one after each file."""
-    from lipstream.media.probe import _limit
+    from lipstream.media.probe import limit_process
 
-    _limit(len(paths) + 60, 6 * 1024**3)
+    limit_process(len(paths) + 60, 6 * 1024**3)
     for path in paths:
         print(f"> {path}", flush=True)
         check(Path(path))

@@ -34,7 +34,7 @@ FLAGS = {
     "sync": {
         "--output", "--model", "--seed", "--threads", "--crf", "--force", "--verbose",
         "--device", "--dtype", "--decoder", "--mask", "--memory", "--speech-lookahead", "--parity",
-        "--length", "--fit", "--audio-delay", "--audio-track", "--quality",
+        "--length", "--fit", "--audio-delay", "--audio-track", "--quality", "--copy-unchanged", "--isolate",
         "--speaker", "--voice", "--silence", "--strength",
     },
     "batch": {

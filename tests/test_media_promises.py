@@ -277,6 +277,37 @@ def test_other_streams_are_carried_over(
     assert (("left out" in caplog.text) and ("webvtt" in caplog.text)) is not kept
 
 
+@pytest.mark.parametrize("repeats", [False, True])
+def test_what_plays_once_beside_repeated_pictures_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, repeats: bool
+) -> None:
+    reader = VideoReader(rich(tmp_path / "a.mkv", "subrip"))
+    with VideoWriter(tmp_path / "b.mkv", like=reader, carry=True, repeats=repeats) as writer:
+        writer.write(next(iter(reader)))
+    said = f"{reader.path}: its pictures are repeated; this plays once: audio (aac), subtitle (subrip)"
+    assert [record.getMessage() for record in caplog.records] == ([said] if repeats else [])
+
+
+@pytest.mark.parametrize("size, fits", [((2, 2), False), ((64, 14), False), ((16, 16), True)])
+@pytest.mark.parametrize("pix_fmt", ["yuv420p10le", "yuv444p12le", "yuv444p16le"])
+def test_tiny_deep_pictures_are_refused_in_a_line(
+    make: Make, tmp_path: Path, pix_fmt: str, size: tuple[int, int], fits: bool
+) -> None:
+    reader = VideoReader(make("in.mkv", codec="ffv1", size=size, pix_fmt=pix_fmt, frames=2))
+    if fits:
+        with VideoWriter(tmp_path / "out.mp4", like=reader) as writer:
+            writer.write(next(iter(reader)))
+        return
+    bits = 10 if "10" in pix_fmt else 12
+    with pytest.raises(MediaError) as caught, VideoWriter(tmp_path / "out.mp4", like=reader):
+        pass
+    assert str(caught.value) == (
+        f"{reader.path}: has pictures of {size[0]}x{size[1]} pixels with {bits} bits, too small for H.265; "
+        "scale it to at least 16x16 or convert it to 8 bits"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mkv"]
+
+
 def test_a_source_whose_sound_nobody_knows_is_written(make: Make, tmp_path: Path) -> None:
     data = rich(tmp_path / "a.mkv", "subrip").read_bytes()
     (tmp_path / "a.mkv").write_bytes(data.replace(b"A_AAC", b"A_XYZ"))

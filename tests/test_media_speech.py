@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import wave
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from lipstream.media.opening import MediaError
-from lipstream.media.speech import SpeechReader, count_speech_samples, load_speech
+from lipstream.media.speech import SpeechReader, SpeechWindow, count_speech_samples, load_speech
 from test_media import Make, make, wav
 
 __all__ = ["make"]
@@ -88,3 +90,37 @@ def test_header_without_sound_says_so(tmp_path: Path) -> None:
         out.start_encoding()
     with pytest.raises(MediaError):
         load_speech(path)
+
+
+def test_windows_are_slices(tmp_path: Path) -> None:
+    path = wav(tmp_path / "a.wav", 44100, 2, 3.0)
+    whole, window = load_speech(path), SpeechWindow(path, 2000)
+    for first, last in ((0, 100), (50, 9000), (9000, 9000), (8000, 20_000), (30_000, 30_500), (28_500, 31_000)):
+        assert np.array_equal(window.read(first, last), whole[first:last])
+    assert np.array_equal(window.read(40_000, 60_000), whole[40_000:]) and not window.read(70_000, 80_000).size
+    with pytest.raises(ValueError, match="are gone"):
+        window.read(10_000, 11_000)
+    assert np.array_equal(load_speech(path, 1234), whole[:1234]) and load_speech(path, 10**6).size == whole.size
+
+
+def test_memory_does_not_grow_with_the_sound(tmp_path: Path) -> None:
+    """Stretches all over a long sound, and the beginning of one: as `prepare` and `personalize` read."""
+    peaks = []
+    for seconds in (24, 96):
+        path = tmp_path / f"{seconds}.wav"
+        with wave.open(str(path), "wb") as out:
+            out.setnchannels(1)
+            out.setsampwidth(2)
+            out.setframerate(16_000)
+            for _ in range(seconds):
+                out.writeframes(np.arange(16_000, dtype="<i2").tobytes())
+        tracemalloc.start()
+        try:
+            window = SpeechWindow(path, 16_000)
+            for second in range(0, seconds - 5, 6):
+                assert window.read(16_000 * second, 16_000 * (second + 4)).size == 64_000
+            assert load_speech(path, 200_000).size == 200_000
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]

@@ -289,7 +289,9 @@ def look_at(monkeypatch: pytest.MonkeyPatch, seen: Callable[[int], bool], loudne
 
     monkeypatch.setattr(personal, "VideoReader", Reader)
     monkeypatch.setattr(personal.Observer, "step", step)
-    monkeypatch.setattr(personal, "load_speech", lambda path: np.full(128_000, loudness, np.float32))
+    monkeypatch.setattr(
+        personal, "load_speech", lambda path, samples: np.full(min(samples, 128_000), loudness, np.float32)
+    )
     return personal._look(4, Path("me.mp4"), FaceCanvas(), 4500, lambda *_: None)
 
 

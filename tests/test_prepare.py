@@ -31,10 +31,11 @@ from lipstream.data.prepare.filters import SegmentView, Sharpness, SyncMeasure, 
 from lipstream.data.prepare.segments import SegmentConfig, Stretch, on_grid, plan_segments
 from lipstream.data.prepare.shots import ShotChanges, find_cuts
 from lipstream.data.prepare.work import PrepareConfig, prepare_video
+from lipstream.evaluation.speed import write_wav
 from lipstream.faces.canvas import FaceCanvas
 from lipstream.faces.track import FaceTracker
 from lipstream.media.reader import VideoReader
-from lipstream.media.speech import load_speech
+from lipstream.media.speech import SpeechWindow, load_speech
 from lipstream.models.syncnet import FLAVOURS, SyncNet, prepare_frames
 from lipstream.training.judging import OfficialSync, open_sync
 from lipstream.training.samples import load_clips
@@ -130,13 +131,14 @@ def test_two_shots_become_two_samples_with_their_sound_in_time(video: Path, tmp_
 
 
 def test_filters_drop_and_say_why(tmp_path: Path) -> None:
-    speech = np.zeros(60 * 640, np.float32)
+    write_wav(np.zeros(60 * 640, np.float32), tmp_path / "a.wav")
     pictures = [np.zeros((512, 512, 3), np.uint8)] * 20
 
     def reason(judge: Judge | None, quality: Sharpness | None = None, start: int = 0) -> tuple[str, bool]:
         stretch = Stretch(start=start, stop=start + 20)
         taken = work._Taken(stretch, np.zeros((20, 468, 3), np.float32), pictures)
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            speech = SpeechWindow(tmp_path / "a.wav", work.BACK_SAMPLES)
             said = work._finish(taken, speech, tar, "key", Path("a.mp4"), judge, quality)
         return said["reason"], bool(members(tmp_path / "a.tar"))
 

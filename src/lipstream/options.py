@@ -32,6 +32,9 @@ class SyncOptions:
         audio_track: which sound of the speech file, 1 is the first; None: the one marked as default, else the first.
         quality: preset of the video encoder; see `media.encoder`.
         crf: instead of the preset's own, 0..51, lower is better.
+        copy_unchanged: take stretches of the picture in which nothing changed over from the source, bit for bit, where
+            its format allows it; see `media.unchanged`.
+        isolate: decode the video in a limited process all the way; see `media.isolated`.
         speaker: whose lips follow the speech: "auto" (whoever speaks in the source, else the largest face), "largest",
             "left", "right", "X,Y@SECONDS" (pixels or fractions) or a picture of the person.
         voices: further speakers of the same video, (speaker, speech file) each; the result's sound is the mix.
@@ -49,6 +52,8 @@ class SyncOptions:
     audio_track: int | None = None
     quality: Quality = "good"
     crf: int | None = None
+    copy_unchanged: bool = False
+    isolate: bool = False
     speaker: str = "auto"
     voices: tuple[tuple[str, str], ...] = ()
     strength: float = 1.0
@@ -75,6 +80,12 @@ class SyncOptions:
             raise ValueError(f"crf must lie in 0..51, got {self.crf}")
         if self.crf is not None and self.quality == "lossless":
             raise ValueError(f"quality 'lossless' takes no crf, got {self.crf}")
+        if self.copy_unchanged and self.quality == "lossless":
+            raise ValueError(
+                "copy_unchanged does not go with quality 'lossless', which changes nothing anyway; choose one"
+            )
+        if self.copy_unchanged and self.isolate:
+            raise ValueError("copy_unchanged does not go with isolate: it decodes packets here; choose one")
         if not 0 <= self.strength <= MAX_STRENGTH:
             raise ValueError(f"strength must lie in 0..{MAX_STRENGTH:g}, got {self.strength}")
         speakers = [parse_speaker(text) for text in (self.speaker, *(name for name, _ in self.voices))]

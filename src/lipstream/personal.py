@@ -32,7 +32,7 @@ from lipstream.faces.canvas import FaceCanvas
 from lipstream.media.opening import MediaError
 from lipstream.media.reader import VideoReader
 from lipstream.media.speech import load_speech
-from lipstream.media.timeline import MODEL_FPS, SAMPLES_PER_MODEL_FRAME, GridSampler
+from lipstream.media.timeline import MODEL_FPS, SAMPLES_PER_MODEL_FRAME, SPEECH_RATE, GridSampler
 from lipstream.models.audio import SpeechEncoder
 from lipstream.mouth import CanvasFrame, MouthModel
 from lipstream.pipeline import folder_of
@@ -77,7 +77,7 @@ class PersonalReport:
 
 
 class _Stretch(NamedTuple):
-    """A span and what it shows; speech is int16 of the whole video."""
+    """A span and what it shows; speech is int16 from the video's first frame on."""
 
     span: Span
     fields: NDArray[np.float16]
@@ -172,8 +172,9 @@ def _stretches(videos: Sequence[Path], canvas: FaceCanvas, tell: Tell) -> list[_
 
 def _look(index: int, video: Path, canvas: FaceCanvas, room: int, tell: Tell) -> list[_Stretch]:
     """Follow the face through a video."""
-    reader, speech = VideoReader(video), load_speech(video)
-    if not len(speech) or np.sqrt(np.mean(np.square(speech))) < LEAST_LOUDNESS:
+    # No more than can be needed; the last frames' rows hear a little ahead.
+    reader, speech = VideoReader(video), load_speech(video, room * SAMPLES_PER_MODEL_FRAME + SPEECH_RATE)
+    if np.sqrt(np.mean(np.square(speech))) < LEAST_LOUDNESS:
         raise MediaError(video, "its sound is silent", "use a video in which the person is heard")
     samples = np.clip(speech * 32768.0, -32768, 32767).astype(np.int16)
     observer, grid = Observer(canvas, live=False), GridSampler[tuple[int, CanvasFrame | None]](reader.time_base)

@@ -25,6 +25,7 @@ from lipstream.casting import Cast, Choice, no_speaker, speakers_of
 from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
+from lipstream.media.isolated import IsolatedReader
 from lipstream.media.mix import mixed_sound
 from lipstream.media.opening import MediaError
 from lipstream.media.plan import Plan
@@ -68,6 +69,7 @@ class SyncReport:
         stage_seconds: busy wall time of each stage (they overlap).
         first_frame_seconds: from the start of the run to its first finished frame.
         speakers: whose lips moved, and why theirs.
+        copied_frames: how many frames were taken over from the source without encoding (option `copy_unchanged`).
     """
 
     output: Path
@@ -79,6 +81,7 @@ class SyncReport:
     model: str
     first_frame_seconds: float
     speakers: tuple[Choice, ...] = ()
+    copied_frames: int = 0
 
     @property
     def fps(self) -> float:
@@ -124,7 +127,7 @@ class _Run:
             if not count:
                 raise MediaError(sound, "its sound has no samples", "use a file with speech in it, and no larger delay")
             samples = max(samples, count)
-        reader = VideoReader(video)
+        reader = IsolatedReader(video) if options.isolate else VideoReader(video)
         source = engine.frames(reader, samples, length, fit)
         return cls(
             source=source,
@@ -253,13 +256,15 @@ class LipSync:
                 quality=options.quality,
                 crf=options.crf,
                 carry=True,
+                repeats=run.plan.timeline.fills,
+                copy_unchanged=options.copy_unchanged,
             ) as writer,
             # Closed at once, also when writing fails: a kept traceback must not keep the threads running.
             closing(self._frames(run, progress, clock)) as made,
         ):
             for done in made:
                 since = time.perf_counter()
-                writer.write(done.frame)
+                writer.write(done.frame, unchanged=not done.synced)
                 clock.add("write", since)
                 frames += 1
                 synced += done.synced
@@ -288,6 +293,7 @@ class LipSync:
             model=self.name,
             first_frame_seconds=clock.first or seconds,
             speakers=tuple(run.cast.choices),
+            copied_frames=writer.copied_frames,
         )
 
     def stream(
@@ -330,7 +336,7 @@ class LipSync:
                 yield from session.finish()
 
         done = 0
-        with Ahead(generated(), ahead_frames, "mouths") as frames:
+        with source.reader, Ahead(generated(), ahead_frames, "mouths") as frames:
             for frame in frames:
                 if clock.first is None:
                     clock.first = time.perf_counter() - clock.started

@@ -258,6 +258,8 @@ def summary(report: SyncReport) -> str:
         parts.append(_speakers(report))
     if report.passed_through:
         parts.append(f"left unchanged: {_spans(report)}")
+    if report.copied_frames:
+        parts.append(f"{report.copied_frames} frames copied without encoding")
     return f"{report.output}: {'; '.join(parts)}; model {report.model}"
 
 

@@ -100,6 +100,17 @@ def add_sync_options(parser: argparse.ArgumentParser) -> None:
         "--quality", choices=get_args(Quality), default="good", help="preset of the video encoder (default: good)"
     )
     parser.add_argument("--crf", type=int, help="instead of the preset's own; lower is better (good: 16)")
+    parser.add_argument(
+        "--copy-unchanged",
+        action="store_true",
+        help="do not encode stretches of the picture in which nothing changed (no face, or silence with --silence "
+        "source): copy them from VIDEO, bit for bit; for 8-bit H.264 in mp4, mov and mkv",
+    )
+    parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="decode all of VIDEO in a process with limits, not only its beginning: for files from strangers",
+    )
     add_speech(parser)
 
 
@@ -149,6 +160,8 @@ def sync_options(args: argparse.Namespace) -> SyncOptions:
         audio_track=args.audio_track,
         quality=args.quality,
         crf=args.crf,
+        copy_unchanged=args.copy_unchanged,
+        isolate=args.isolate,
         speaker=args.speaker,
         voices=tuple(args.voice),
         strength=args.strength,

@@ -131,7 +131,7 @@ def check_fidelity(
         options: of the run; its quality is taken as lossless.
         suffix: type of the file.
     """
-    options = replace(options or SyncOptions(), quality="lossless", crf=None)
+    options = replace(options or SyncOptions(), quality="lossless", crf=None, copy_unchanged=False)
     reader = VideoReader(video)
     samples = count_speech_samples(audio, options.audio_track, options.audio_delay_ms)
     expected = BouncingReader(reader, samples, length=options.resolved_length, fit=options.resolved_fit)

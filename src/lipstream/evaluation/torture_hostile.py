@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lipstream.evaluation.speed import COMMAND
@@ -254,7 +255,7 @@ def _interrupted(bench: Bench) -> str:
     return error.strip()
 
 
-@case("full-disk", "a full disk: one line, nothing left")
+@case("full-disk", "a file that may not grow: one line, nothing left")
 def _full(bench: Bench) -> str:
     program = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -268,4 +269,40 @@ def _full(bench: Bench) -> str:
     require(done.returncode == EXIT_REFUSED and "cannot be written" in last, f"{done.returncode}: {done.stderr[-300:]}")
     left = sorted(path.name for path in bench.folder.iterdir() if path.name != "short.wav")
     require(not left, f"left {left}")
+    return last.partition("out.mp4: ")[2]
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[str]:
+    """A file system of that size at a folder, for the time of the ``with``; what stands in the way of it, or ""."""
+    folder.mkdir()
+    try:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        why = (made.stderr.strip() or f"mount says {made.returncode}") if made.returncode else ""
+    except OSError as error:
+        why = str(error)
+    try:
+        yield why
+    finally:
+        if not why:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+@case("full-disk-real", "a disk that fills up: one line, the old file stays, nothing else is left (needs root)")
+def _full_disk(bench: Bench) -> str:
+    disk = bench.folder / "disk"
+    with small_disk(disk, "256k") as why:
+        if why:
+            return f"skipped, no small disk here: {why}"
+        output = disk / "out.mp4"
+        output.write_text("old")
+        arguments = [*COMMAND, str(bench.clip), str(bench.short), "-o", str(output), "--force", "--quality", "lossless"]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=SECONDS)
+        last = done.stderr.strip().splitlines()[-1]
+        require(done.returncode == EXIT_REFUSED and "the disk is full" in last, f"{done.returncode}: {last}")
+        require([path.name for path in disk.iterdir()] == ["out.mp4"], f"left {sorted(disk.iterdir())}")
+        require(output.read_text() == "old", "the old file is gone")
+        free = os.statvfs(disk)
+        require(free.f_bfree * free.f_bsize > 200_000, f"only {free.f_bfree * free.f_bsize} bytes are free again")
     return last.partition("out.mp4: ")[2]

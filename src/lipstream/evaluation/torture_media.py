@@ -20,7 +20,7 @@ import numpy as np
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from lipstream.evaluation.fidelity import Fidelity, check_fidelity
+from lipstream.evaluation.fidelity import Fidelity, check_fidelity, max_difference
 from lipstream.evaluation.speed import run_command, write_input
 from lipstream.evaluation.torture import Bench, case, require
 from lipstream.media.bounce import BouncingReader
@@ -286,6 +286,27 @@ def _lag(heard: NDArray[np.float32], wanted: NDArray[np.float32]) -> int:
     product = np.fft.rfft(heard[:count], size) * np.conj(np.fft.rfft(wanted[:count], size))
     best = int(np.fft.irfft(product).argmax())
     return best - size if best > count else best
+
+
+@case("copy-unchanged", "what shows no face is copied bit for bit, and every frame stands in its place")
+def _copied(bench: Bench) -> str:
+    made, grey = bench.folder / "in.mp4", np.full((256, 256, 3), 90, np.uint8)
+    with av.open(str(made), "w") as out:
+        video = out.add_stream("libx264", rate=25, options={"x264-params": "keyint=10"})
+        assert isinstance(video, VideoStream)
+        video.width, video.height, video.pix_fmt = 256, 256, "yuv420p"
+        for image in [*pictures(bench.clip, 30), *[grey] * 30]:
+            scaled = np.asarray(cv2.resize(image, (256, 256), interpolation=cv2.INTER_AREA), np.uint8)
+            out.mux(video.encode(av.VideoFrame.from_ndarray(scaled, format="rgb24").reformat(format="yuv420p")))
+        out.mux(video.encode(None))
+    options = SyncOptions(fit="video", copy_unchanged=True)
+    result = bench.sync(made, bench.short, options=options)
+    frames = list(zip(VideoReader(made), VideoReader(result), strict=True))
+    equal = [not max_difference(a, b) for a, b in frames]
+    require(all(equal[30:]), f"{equal[30:].count(False)} of 30 frames without a face differ")
+    require(all(a.pts == b.pts for a, b in frames), "times differ")
+    require(not all(equal[:30]), "no mouth was made")
+    return f"{len(frames)} frames, {sum(equal)} of them the source's"
 
 
 @case("4k", "3840x2160: exact, and in bounded memory (stated)")

@@ -42,12 +42,16 @@ class Carried:
     Args:
         path: the source.
         output: gets the streams and metadata now; packets come from `feed`.
+
+    Attributes:
+        kinds: what there is to play, "audio (aac)" and the like.
     """
 
     def __init__(self, path: str, output: av.container.OutputContainer, muxer: str) -> None:
         self._path = path
         self._targets: dict[int, Any] = {}  # stream index in the source -> stream of the output
         self._wrapped: dict[int, str] = {}
+        self.kinds: list[str] = []
         left: list[str] = []
         with open_media(path, need="video") as container:
             picture = picture_stream(container)
@@ -66,6 +70,7 @@ class Carried:
                     target.metadata.update(_told(stream.metadata))
                     target.disposition = Disposition(stream.disposition & ~Disposition.default)
                     self._targets[stream.index] = target
+                    self.kinds.append(f"{stream.type} ({_codec(stream)})")
                 else:
                     left.append(f"{stream.type} ({_codec(stream)})")
             output.metadata.update(_told(container.metadata))

@@ -169,13 +169,17 @@ def frame_times(container: av.container.InputContainer, stream: Any) -> tuple[ar
     return pts, stamps[-1][1] if stamps else 0
 
 
-def _limit(seconds: int, memory_bytes: int) -> None:
-    """Cap this process; a system without such limits (Windows) still has the parent's clock."""
+def limit_process(seconds: int, memory_bytes: int, *, whole_run: bool = True) -> None:
+    """Cap this process; a system without such limits (Windows) still has the parent's clock.
+
+    Args:
+        whole_run: the time is for everything; else the process may move the limit on.
+    """
     try:
         import resource
     except ImportError:
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1 if whole_run else resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -184,7 +188,7 @@ def _limit(seconds: int, memory_bytes: int) -> None:
 def main(arguments: list[str]) -> int:
     """The process: one line of JSON, then the times as 64-bit integers."""
     need, path, seconds, memory = arguments
-    _limit(int(seconds), int(memory))
+    limit_process(int(seconds), int(memory))
     out = sys.stdout.buffer
     try:
         found = examine(path, "video" if need == "video" else "audio")

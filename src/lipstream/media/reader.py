@@ -196,7 +196,10 @@ class VideoReader:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing stays open between iterations."""
+        self.close()
+
+    def close(self) -> None:
+        """Nothing stays open between iterations here; see `isolated`."""
 
     def __iter__(self) -> Iterator[SourceFrame]:
         """All frames in order of time; pts always increase."""

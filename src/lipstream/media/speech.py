@@ -184,12 +184,13 @@ class SpeechReader:
         """The next samples; fewer at the end, none after it."""
         if samples < 0:
             raise ValueError(f"samples must not be negative, got {samples}")
-        parts = [self._rest]
-        while sum(p.size for p in parts) < samples:
+        parts, count = [self._rest], self._rest.size
+        while count < samples:
             block = next(self._blocks, None)
             if block is None:
                 break
             parts.append(block)
+            count += block.size
         joined = np.concatenate(parts)
         piece, self._rest = joined[:samples], joined[samples:].copy()
         self.position_samples += piece.size
@@ -200,12 +201,58 @@ class SpeechReader:
         self._blocks.close()  # type: ignore[attr-defined]
 
 
-def load_speech(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """All of a file's speech, float32 [samples] at 16 kHz; MediaError if it holds no sound at all."""
-    blocks = list(speech_blocks(path))
-    if not blocks:
+class SpeechWindow:
+    """Speech by place, read forwards; memory holds the last piece and what lies shortly before it.
+
+    Args:
+        back_samples: how far before the beginning of one piece the next one may begin.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], back_samples: int) -> None:
+        self._reader = SpeechReader(path)
+        self._back = back_samples
+        self._first = 0  # place of the first kept sample
+        self._kept = np.zeros(0, np.float32)
+
+    def read(self, first: int, last: int) -> NDArray[np.float32]:
+        """Samples [first, last); fewer where the speech ends."""
+        if not self._first <= first <= last:
+            raise ValueError(f"samples from {first} to {last} are gone or none, the first kept one is {self._first}")
+        self._forget(first - self._back)
+        while (end := self._first + self._kept.size) < last:
+            # What nobody asked for is passed over a block at a time.
+            block = self._reader.read(min(last - end, 10 * BLOCK_SAMPLES))
+            if not block.size:
+                break
+            self._kept = np.concatenate([self._kept, block])
+            self._forget(first - self._back)
+        return self._kept[first - self._first : last - self._first].copy()
+
+    def _forget(self, before: int) -> None:
+        drop = min(max(before - self._first, 0), self._kept.size)
+        self._kept, self._first = self._kept[drop:], self._first + drop
+
+    def close(self) -> None:
+        """Let go of the file early."""
+        self._reader.close()
+
+
+def load_speech(path: str | os.PathLike[str], samples: int | None = None) -> NDArray[np.float32]:
+    """All of a file's speech, float32 [samples] at 16 kHz; MediaError if it holds no sound at all.
+
+    Args:
+        samples: read so many at most.
+    """
+    if samples is None:
+        blocks = list(speech_blocks(path))
+        speech = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    else:
+        reader = SpeechReader(path)
+        speech = reader.read(samples)
+        reader.close()
+    if not speech.size:
         raise MediaError(path, "its audio stream holds no sound", "give a file with speech")
-    return np.concatenate(blocks)
+    return speech
 
 
 def count_speech_samples(path: str | os.PathLike[str], track: int | None = None, delay_ms: int = 0) -> int:

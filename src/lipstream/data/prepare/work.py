@@ -31,11 +31,12 @@ from lipstream.faces.detect import silence_tflite
 from lipstream.faces.official import ALIGNED_PX, OfficialAligner, anchors_from_mesh
 from lipstream.media.opening import open_media
 from lipstream.media.reader import VideoReader
-from lipstream.media.speech import load_speech
+from lipstream.media.speech import SpeechWindow
 from lipstream.media.timeline import MODEL_FPS, SAMPLES_PER_MODEL_FRAME, SPEECH_RATE
 
 Format = Literal["webdataset", "folders", "samples"]
 PROMPT = "a person talking"  # what the official tool writes for every clip
+BACK_SAMPLES = 5 * SPEECH_RATE  # twice the largest offset that a judge may find
 _CRF = "13"
 
 
@@ -100,7 +101,7 @@ def prepare_video(
     """
     open_media(video, need="audio").close()
     reader = VideoReader(video)
-    speech = load_speech(video)
+    speech = SpeechWindow(video, BACK_SAMPLES)
     told: list[dict[str, Any]] = []
     part = target.with_name("samples.part")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="pass-") as folder:
@@ -113,6 +114,7 @@ def prepare_video(
                 if not stretch.reason:
                     line |= _finish(next(taken), speech, tar, f"{key}_{stretch.start:06}", video, judge, quality)
                 told.append(line)
+    speech.close()
     with part.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(part, target)
@@ -146,7 +148,7 @@ def _take(
 
 def _finish(
     taken: _Taken,
-    speech: NDArray[np.float32],
+    speech: SpeechWindow,
     tar: tarfile.TarFile,
     name: str,
     video: Path,
@@ -154,7 +156,7 @@ def _finish(
     quality: QualityFilter | None,
 ) -> dict[str, Any]:
     """Judge a segment, and write it where it passes; what the report says about it."""
-    stretch, said = taken.stretch, {"name": name, "reason": "", "late_frames": 0}
+    stretch, said, reason = taken.stretch, {"name": name, "reason": "", "late_frames": 0}, ""
     samples = _sound(speech, stretch, 0)
     if samples is None:
         return said | {"reason": "no sound"}
@@ -167,11 +169,10 @@ def _finish(
     if judge is not None:
         measure = judge.judge(SegmentView(pictures=taken.pictures, landmarks=taken.landmarks, samples=samples))
         said |= {"confidence": round(measure.confidence, 3), "late_frames": measure.late_frames}
-        samples = _sound(speech, stretch, measure.late_frames)
-        reason = _out_of_sync(judge, measure, samples is not None)
-        if reason:
-            return said | {"reason": reason}
-    assert samples is not None  # told above
+        reason = _out_of_sync(judge, measure)
+        samples = None if reason else _sound(speech, stretch, measure.late_frames)
+    if samples is None:
+        return said | {"reason": reason or "no sound after offset correction"}
     about = {"source": video.name, "start_pixel_frames": stretch.start, "pixel_frames": stretch.pixel_frames}
     about |= {key: said[key] for key in ("late_frames", "confidence", "quality") if key in said}
     if taken.canvas is not None:
@@ -184,25 +185,26 @@ def _finish(
     return said
 
 
-def _out_of_sync(judge: SyncJudge, measure: SyncMeasure, sound: bool) -> str:
+def _out_of_sync(judge: SyncJudge, measure: SyncMeasure) -> str:
     if not measure.confidence >= judge.minimum:
         return f"{judge.name} confidence below {judge.minimum:g}"
     if abs(measure.late_frames) >= judge.max_shift:
         return f"offset of {judge.max_shift} frames or more"
-    return "" if sound else "no sound after offset correction"
+    return ""
 
 
-def _sound(speech: NDArray[np.float32], stretch: Stretch, late_frames: int) -> NDArray[np.float32] | None:
+def _sound(speech: SpeechWindow, stretch: Stretch, late_frames: int) -> NDArray[np.float32] | None:
     """The speech of a stretch, 640 samples per frame, taken from so much later; None where it does not reach.
 
     A file's sound may end a codec frame before its picture does: up to 100 ms are completed with silence.
     """
     first = (stretch.start + late_frames) * SAMPLES_PER_MODEL_FRAME
     last = (stretch.stop + late_frames) * SAMPLES_PER_MODEL_FRAME
-    missing = max(0, last - len(speech))
-    if first < 0 or missing > SPEECH_RATE // 10:
+    if first < 0:
         return None
-    return np.pad(speech[first:last], (0, missing))
+    samples = speech.read(first, last)
+    missing = last - first - len(samples)
+    return None if missing > SPEECH_RATE // 10 else np.pad(samples, (0, missing))
 
 
 # ------------------------------------------------------------------- files of a sample
