@@ -143,6 +143,62 @@ def test_a_speakers_picture_lies_beside_the_manifest_and_is_an_input(tmp_path: P
     assert sync_jobs(items)[0].fingerprint() != before
 
 
+def test_voices_are_said_alike_in_csv_and_json(tmp_path: Path) -> None:
+    (tmp_path / "who.png").write_bytes(b"x")
+    table = "video,audio,output,speaker,voices\n"
+    table += 'talk.mp4,a b.wav,1.mp4,left,"right = ü.wav"\n'
+    table += 'talk.mp4,a b.wav,2.mp4,left,"0.7,0.4@2=ü.wav; who.png=a b.wav"\n'
+    table += "talk.mp4,a b.wav,3.mp4,,\n"
+    start = '{"video": "talk.mp4", "audio": "a b.wav", "output": '
+    lines = start + '"1.mp4", "speaker": "left", "voices": {"right": "ü.wav"}}\n'
+    lines += start + '"2.mp4", "speaker": "left", "voices": ["0.7,0.4@2=ü.wav", "who.png=a b.wav"]}\n'
+    lines += start + '"3.mp4", "voices": null}\n'
+    csv, json_lines = (
+        read_manifest(manifest(tmp_path, text, name)) for text, name in ((table, "jobs.csv"), (lines, "jobs.jsonl"))
+    )
+    assert csv == json_lines
+    here = str(tmp_path)
+    assert csv[0].options.voices == (("right", f"{here}/ü.wav"),)
+    assert csv[1].options.voices == (("0.7,0.4@2", f"{here}/ü.wav"), (f"{here}/who.png", f"{here}/a b.wav"))
+    assert csv[2].options == SyncOptions()
+    assert csv[1].inputs == tuple(tmp_path / name for name in ("talk.mp4", "a b.wav", "ü.wav", "a b.wav", "who.png"))
+
+
+def test_another_voice_is_an_input(tmp_path: Path) -> None:
+    path = manifest(tmp_path, "video,audio,output,voices\ntalk.mp4,a b.wav,1.mp4,right=ü.wav\n")
+    items = read_manifest(path)
+    before = sync_jobs(items)[0].fingerprint()
+    (tmp_path / "ü.wav").write_bytes(b"other words")
+    assert sync_jobs(items)[0].fingerprint() != before
+    (tmp_path / "talk.mp4").write_bytes(b"x")
+    (tmp_path / "out.mp4").write_bytes(b"x")
+    with pytest.raises(ManifestError, match="is an input too"):
+        read_manifest(manifest(tmp_path, "video,audio,output,voices\ntalk.mp4,a b.wav,out.mp4,right=out.mp4\n"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("right", "column voices: must be WHO=FILE, e.g. right=b.wav, got 'right'"),
+        ("right=none.wav", "column voices: 'none.wav' is not a file"),
+        ("who.png=ü.wav", "column voices: 'who.png' is not a file"),
+        ("somebody=ü.wav", "unknown speaker 'somebody'"),
+        ("left=ü.wav;left=ü.wav", "speaker 'left' has two voices"),
+    ],
+)
+def test_a_bad_voice_is_named(tmp_path: Path, cell: str, said: str) -> None:
+    with pytest.raises(ManifestError) as error:
+        read_manifest(manifest(tmp_path, f"video,audio,output,voices\ntalk.mp4,a b.wav,1.mp4,{cell}\n"))
+    assert f"line 2{',' if said.startswith('column') else ':'} {said}" in str(error.value)
+
+
+@pytest.mark.parametrize("voices", ["7", '["right"]', '{"right": ""}', '{"right": 3}', '[["right", "ü.wav"]]'])
+def test_a_bad_voice_in_json_is_named(tmp_path: Path, voices: str) -> None:
+    line = f'{{"video": "talk.mp4", "audio": "a b.wav", "output": "1.mp4", "voices": {voices}}}'
+    with pytest.raises(ManifestError, match="line 1, column voices: "):
+        read_manifest(manifest(tmp_path, line, "jobs.jsonl"))
+
+
 def test_the_command_refuses_half_a_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["batch"]) == 2
     assert "name a MANIFEST" in capsys.readouterr().err

@@ -98,6 +98,32 @@ def test_a_face_that_moves_as_a_whole_leaves_no_seam(canvas: FaceCanvas) -> None
     assert difference.max() > 200 and difference[rim].max() <= 25  # with a hard edge: 255
 
 
+def laugh(canvas: FaceCanvas, landmarks: np.ndarray) -> np.ndarray:
+    """Skin, lips and white teeth between them, where these landmarks have them."""
+    frame = np.full((400, 420, 3), (190, 150, 130), np.uint8)
+    centre = landmarks[[13, 14], :2].mean(0)
+    cv2.ellipse(frame, (int(centre[0]), int(centre[1])), (62, 34), 6, 0, 360, (150, 70, 70), -1)
+    edge = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 324, 318, 402, 317, 14, 87, 178, 88, 95)
+    cv2.fillPoly(frame, [np.round(landmarks[list(edge), :2]).astype(np.int32)], (245, 245, 240))
+    return frame
+
+
+def test_teeth_are_gone_where_the_lips_meet(canvas: FaceCanvas) -> None:
+    landmarks = face(canvas)
+    frame, alignment = laugh(canvas, landmarks), canvas.align(landmarks)
+    field = canvas.field(landmarks, alignment)
+    blank, gate = np.zeros((CANVAS_PX, CANVAS_PX, 3), np.uint8), np.zeros((CANVAS_PX, CANVAS_PX), np.float32)
+    opening = canvas.lip_rulers()[0][1]
+    shown = []
+    for left_open in (opening, 8.0, 0.6):
+        target = field - np.float32(opening - left_open) * canvas.gaping_field()
+        patch = Compositor(canvas)(frame, alignment, field, target, blank, gate)
+        assert patch is not None
+        shown.append((patch.rgb.astype(int).min(-1) > 150).sum())  # of all colours here, only teeth are so pale
+    assert shown[0] > 800 and shown[1] > 0.3 * shown[0]  # an open mouth keeps its teeth
+    assert shown[2] == 0, shown
+
+
 def test_mask_is_zero_at_the_border_and_one_at_the_mouth() -> None:
     mask = canvas_mask()
     assert max(mask[0].max(), mask[-1].max(), mask[:, 0].max(), mask[:, -1].max()) < 0.02

@@ -21,6 +21,7 @@ import pytest
 from rich.text import Text
 
 from lipstream import __version__, pipeline
+from lipstream.casting import Choice
 from lipstream.cli import common, doctor
 from lipstream.cli.demo import demo_files
 from lipstream.cli.main import main
@@ -115,6 +116,7 @@ class Copier:
             stage_seconds={},
             model="pocket",
             first_frame_seconds=0.1,
+            speakers=(Choice("auto", "the only face", 0, 0.2, (101.4, 80.6)),),
         )
 
 
@@ -236,6 +238,7 @@ def test_sync_writes_and_reports(
     shown = capsys.readouterr()
     assert shown.err == ""  # not a terminal: no bar
     assert "90 of 100 frames synced in 2.0 s (50.0 frames/s)" in shown.out
+    assert "; speaker auto: the face at 101,81 from 0:00.20 (the only face); " in shown.out
     assert "0:00.00-0:00.20, 0:01.00-0:01.20" in shown.out and str(out) in shown.out
     assert main(["sync", str(clip), str(speech), "-o", str(out)]) == common.EXIT_USAGE
     assert main(["sync", str(clip), str(speech), "-o", str(out), "--force"]) == 0

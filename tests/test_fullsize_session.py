@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from itertools import islice
@@ -14,11 +15,16 @@ import torch
 
 import lipstream.fullsize_session as module
 from golden_model import random_model
-from lipstream.faces.canvas import Alignment
-from lipstream.faces.crop import CropCompositor
+from lipstream.cli.common import EXIT_USAGE
+from lipstream.cli.main import main
+from lipstream.faces.canvas import Alignment, FaceCanvas
+from lipstream.faces.crop import CropCompositor, covered_on_crop
 from lipstream.faces.mouth_mask import built_in_mask
+from lipstream.faces.pose import mouth_opening
+from lipstream.faces.track import FaceTracker
 from lipstream.fullsize import FullSizeModel, FullSizeTake
 from lipstream.fullsize_session import CropFace, CropObserver, CropSession
+from lipstream.manner import Manner
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.models.dit import FLAVOURS
 from lipstream.session import Observed, SyncedFrame
@@ -99,7 +105,7 @@ def test_a_cut_begins_one_take_and_keeps_the_mouths_apart(fps: int, monkeypatch:
 
     monkeypatch.setattr(module, "FullSizeTake", Echo)
     session, shown = new_session(Fraction(1, fps)), []
-    monkeypatch.setattr(session, "_compositor", lambda image, alignment, crop, _: shown.append(int(crop[0, 0, 0])))
+    monkeypatch.setattr(session, "_compositor", lambda image, alignment, crop, *_: shown.append(int(crop[0, 0, 0])))
     out: list[SyncedFrame] = []
     for observed in made_up(fps, 5):
         out += session.push(observed)
@@ -127,3 +133,91 @@ def test_a_frame_without_a_face_passes() -> None:
     session = new_session(Fraction(1, 25))
     out = [*session.push(CropObserver().step(frame)), *session.finish()]
     assert len(out) == 1 and not out[0].synced and out[0].frame is frame
+
+
+def covered_clip(top: float, half_width: float, count: int = 18) -> tuple[list[SourceFrame], np.ndarray]:
+    """Frames of the demo, from the 14th on with a dark board before the face, shares of the picture; where it is."""
+    frames, board = [], np.zeros(0, bool)
+    for frame in islice(VideoReader(CLIP), count):
+        image = frame.image.copy()
+        board = np.zeros(image.shape[:2], bool)
+        middle, half = image.shape[1] // 2, int(half_width * image.shape[1])
+        board[int(top * len(image)) :, middle - half : middle + half] = frame.index >= 14
+        image[board] = (30, 40, 90)
+        stored = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv444p")
+        frames.append(replace(frame, stored=stored))
+    return frames, board
+
+
+def test_what_stands_before_the_mouth_stays_in_front() -> None:
+    frames, board = covered_clip(0.84, 0.06, 22)  # a microphone
+    observer, compositor = CropObserver(), CropCompositor(built_in_mask())
+    seen = [observer.step(frame) for frame in frames]
+    for before in seen[:14]:
+        assert before.face is not None and before.face.seen is not None and before.face.seen.covered is None
+    last = seen[-1]
+    assert last.face is not None and last.face.seen is not None and last.face.seen.covered is not None
+    canvas = FaceCanvas()
+    covered = covered_on_crop(
+        last.face.seen.covered, canvas.places(last.face.seen.field, last.face.seen.alignment), last.face.alignment
+    )
+    image, changed = frames[-1].image, []
+    for cover in (None, covered):
+        patch = compositor(image, last.face.alignment, 255 - last.view, 1.0, cover)
+        assert patch is not None
+        change = np.abs(patch.on(image).astype(int) - image).max(-1) > 24
+        changed.append((float(change[board].mean()), int(change[~board].sum())))
+    assert changed[1][0] < 0.3 * changed[0][0]  # the board, but for its rim
+    assert changed[1][1] > 0.6 * changed[0][1]  # and the face above it
+
+
+def test_a_hidden_mouth_passes() -> None:
+    observer = CropObserver()
+    seen = [observer.step(frame) for frame in covered_clip(0.55, 0.5)[0]]
+    assert all(s.view is not None for s in seen[:14]) and seen[-1].view is None and seen[-1].face is None
+
+
+def test_silence_closes_the_sources_own_lips() -> None:
+    model, reader = full_size_model(), VideoReader(CLIP)
+    quiet = np.r_[np.zeros(4), np.ones(20)].astype(np.float32)
+    manner = Manner(silence="close", quiet=lambda start, stop: quiet[start:stop])
+    session = CropSession(model, CropCompositor(model.mask), reader.time_base, rows, manner=manner)
+    observer, source, out = CropObserver(), [], []
+    for frame in islice(reader, 36, 48):  # in which the mouth opens wide
+        source.append(frame)
+        out += session.push(observer.step(frame))
+    out += session.finish()
+    assert all(done.synced for done in out)
+    opening: list[list[float]] = []
+    for images in ([f.image for f in source], [done.frame.image for done in out]):
+        tracker = FaceTracker()
+        tracks = [tracker.step(image) for image in images[6:]]
+        opening.append([mouth_opening(track.landmarks) for track in tracks if track is not None])
+    assert len(opening[0]) == len(opening[1]) == 6
+    assert max(opening[1]) < 0.06 and max(opening[0]) > 0.2, opening
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        (["--strength", "0.5"], "a full-size model has no strength (got 0.5)"),
+        (["--strength", "0.5", "--parity"], "a parity run has the model's own mouths"),
+        (["--silence", "close", "--parity"], "leave out --strength and --silence"),
+        (["--voice", f"right={CLIP}", "--parity"], "a parity run has one voice: leave out --voice"),
+        (["--length", "loop", "--parity"], "a parity run has the official length"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_loaded(
+    wish: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's folder is empty: loading would say that instead."""
+    (tmp_path / "model").mkdir()
+    speech = CLIP.with_name("speech.m4a")
+    command = ["sync", str(CLIP), str(speech), "-o", str(tmp_path / "out.mp4"), "--model", str(tmp_path / "model")]
+    assert main([*command, *wish]) == EXIT_USAGE
+    assert said in capsys.readouterr().err
+    manifest = tmp_path / "jobs.csv"
+    column, value = wish[0].removeprefix("--").replace("voice", "voices"), wish[1]
+    manifest.write_text(f"video,audio,output,{column}\n{CLIP},{speech},out.mp4,{value}\n")
+    assert main(["batch", str(manifest), "--model", str(tmp_path / "model"), *wish[2:]]) == EXIT_USAGE
+    assert f"line 2: {said}" in capsys.readouterr().err or said.startswith("leave")

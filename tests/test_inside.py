@@ -10,7 +10,8 @@ from lipstream.diffusion.rollout import Rollout
 from lipstream.faces.canvas import INNER_LIP_CORNERS, INNER_LIP_PAIRS, FaceCanvas
 from lipstream.inside import LipRuler, MouthInside
 from lipstream.models.dit import Conditions
-from lipstream.mouth import PRESSED_PX, CanvasFrame, Take, bent
+from lipstream.mouth import PRESSED_PX, CanvasFrame, MouthModel, Take, bent
+from lipstream.pipeline import folder_of
 from tiny import tiny_mouth_model
 
 
@@ -136,3 +137,37 @@ def test_memories_are_measured_anew_when_the_lips_turn_out_to_close_further(canv
         assert own is not None and float(own.mean()) == value and share == 1.0
     for cell, memory in inside._memories.items():
         assert cell == inside._cell(memory.opening, memory.width)
+
+
+def test_movements_are_evened_without_lag_and_the_end_of_a_chunk_stays() -> None:
+    take = Take(tiny_mouth_model())
+    moves = torch.zeros(21, 20, 20, 2)
+    moves[:] = 0.5 * torch.arange(21.0)[:, None, None, None]  # a steady movement is nothing to even out
+    moves[5] += 4
+    moves[15] -= 4
+    even = torch.cat([take._even(moves[:9]), take._even(moves[9:])])[:, 3, 4, 1]
+    expected = 0.5 * torch.arange(21.0)
+    expected[4:7] += torch.tensor([1.0, 2.0, 1.0])
+    expected[14:17] -= torch.tensor([1.0, 2.0, 1.0])
+    torch.testing.assert_close(even, expected)
+    moves[8] += 4  # the last of the first chunk: nobody knows the next yet
+    take = Take(tiny_mouth_model())
+    first, second = take._even(moves[:9]), take._even(moves[9:])
+    assert torch.equal(first[8], moves[8]) and torch.allclose(second[0], moves[9] + 1)
+
+
+def test_closed_lips_do_not_repeat_the_movement_that_they_were_taken_from() -> None:
+    """The real networks: a made-up codec has no closed mouths."""
+    model = MouthModel.load(folder_of("pocket"))
+    gaping, texture = model.canvas.gaping_field(), np.full((160, 160, 3), 120, np.uint8)
+    widths = (-12, -15, -17, -16, -13, -9, -9, -9, -9)  # the canvas' own mouth is open by 17 px
+    views = [CanvasFrame(width * gaping, texture) for width in (*widths, *[-9] * 12)]
+    take = Take(model)
+    rows = torch.zeros(21, model.speech.config.width)
+    take.step(views[:9], rows[:9], np.ones(9, np.float32))
+    closed = torch.from_numpy(
+        np.stack([mouth.field for mouth in take.step(views[9:], rows[9:], np.ones(12, np.float32))])
+    )
+    openings = model.ruler.opening(closed)
+    assert openings.min() > 0 and openings.max() < 1.5
+    assert float(np.ptp(closed.numpy(), axis=0).max()) < 0.1

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -36,7 +36,27 @@ log = logging.getLogger(__name__)
 
 FACELESS_SECONDS = 4.0  # without any face, before the rest of the video is sampled
 CHOOSE_AGAIN_SECONDS = 10.0  # "auto" and "largest" take another face when theirs has been away for so long
+HEARD = "its lips move with the video's own sound"
 LIKE_PICTURE = 16.0  # a picture has its own light: more than what counts as the same person within a video
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which face a voice was given, and why.
+
+    Attributes:
+        speaker: as it was asked for.
+        why: what decided.
+        person: number of the followed face.
+        seconds: from the video's first frame, when this face first shows.
+        place: centre (x, y) of the face there, px.
+    """
+
+    speaker: str
+    why: str
+    person: int
+    seconds: float
+    place: tuple[float, float]
 
 
 class Cast:
@@ -48,6 +68,7 @@ class Cast:
 
     Attributes:
         anybody: whether any face has shown so far.
+        choices: the faces that were given a voice so far, in the order in which they showed.
 
     Raises:
         ValueError: a speaker is not to be found, or two are the same face.
@@ -57,6 +78,8 @@ class Cast:
         self._reader, self._speakers = reader, tuple(speakers)
         self._cuts = CutDetector()
         self._chosen: list[int | None] = [None] * len(speakers)
+        self._why = [""] * len(speakers)
+        self.choices: list[Choice] = []
         self._absent_since: list[float | None] = [None] * len(speakers)
         self._tracker = PeopleTracker()
         self._began: float | None = None
@@ -85,17 +108,37 @@ class Cast:
         cut = self._cuts.step(frame.image)
         tracks = self._tracker.step(frame.image, cut=cut)
         self._began = frame.seconds if self._began is None else self._began
+        now = frame.seconds - self._began
         self._looked += 1
         self.anybody = self.anybody or bool(tracks)
-        if not self.anybody and not self._sampled and frame.seconds - self._began >= FACELESS_SECONDS:
+        if not self.anybody and not self._sampled and now >= FACELESS_SECONDS:
             self._sampled = True
-            self._search_everywhere(frame.seconds - self._began)
+            self._search_everywhere(now)
         if tracks and self._chosen == [None] * len(self._chosen):
             self._choose_now(tracks)
-        return cut, [self._track(i, frame.seconds, tracks) for i in range(len(self._speakers))]
+        shown = [self._track(voice, now, tracks) for voice in range(len(self._speakers))]
+        for voice, track in enumerate(shown):
+            if track is not None:
+                self._note(voice, track, now)
+        return cut, shown
+
+    def waiting(self) -> list[Speaker]:
+        """Speakers whose face has not shown so far."""
+        shown = {choice.speaker for choice in self.choices}
+        return [speaker for speaker in self._speakers if speaker.text not in shown]
+
+    def _note(self, voice: int, track: FaceTrack, now: float) -> None:
+        """Remember who was given a voice, where that face first shows."""
+        speaker = self._speakers[voice].text
+        if any(choice.speaker == speaker and choice.person == track.id for choice in self.choices):
+            return
+        region = region_from_landmarks(track.landmarks)
+        choice = Choice(speaker, self._why[voice], track.id, now, (region.x, region.y))
+        log.info("speaker '%s' is person %d: %s", speaker, track.id, choice)
+        self.choices.append(choice)
 
     def _track(self, voice: int, now: float, tracks: dict[int, FaceTrack]) -> FaceTrack | None:
-        """A speaker's face; "auto" and "largest" choose again when theirs stays away."""
+        """A speaker's face; "auto" and "largest" choose again when theirs stays away, or was nobody's so far."""
         chosen = self._chosen[voice]
         if chosen is not None and chosen in tracks:
             self._absent_since[voice] = None
@@ -108,10 +151,13 @@ class Cast:
         unknown = person is None or not person.gallery  # a glimpse: nobody could be known again by it
         if not free or self._speakers[voice].kind not in ("auto", "largest"):
             return None
-        if now - since < CHOOSE_AGAIN_SECONDS and not (unknown and chosen is not None):
+        if now - since < CHOOSE_AGAIN_SECONDS and not unknown:
             return None
         self._chosen[voice] = largest(free)
-        log.info("speaker '%s' away: person %s takes over", self._speakers[voice].text, self._chosen[voice])
+        if chosen is None:
+            self._why[voice] = "the first face without a voice"
+        else:
+            self._why[voice] = f"takes over, the one before was away for {now - since:.1f} s"
         self._absent_since[voice] = None
         return free[largest(free)]
 
@@ -125,8 +171,9 @@ class Cast:
             if spoken is not None:
                 person = next(p for p in seen.people if p.id == spoken)
                 self._chosen[0] = _most_like(person.gallery, self._tracker, tracks)
+                self._why[0] = HEARD
                 return
-        self._chosen[0] = largest(tracks)
+        self._chosen[0], self._why[0] = largest(tracks), _of("the largest", len(tracks))
 
     def _choose_before(self) -> None:
         """All speakers, from a look at the video before the run."""
@@ -135,7 +182,7 @@ class Cast:
         seen = watch_beginning(self._reader, until_two=sides and only_sides)
         # "auto" comes last: it is whoever speaks of those that nobody named.
         for voice in sorted(range(len(self._speakers)), key=lambda i: self._speakers[i].kind == "auto"):
-            self._chosen[voice] = self._find(self._speakers[voice], seen)
+            self._chosen[voice], self._why[voice] = self._find(self._speakers[voice], seen)
         taken: dict[int, Speaker] = {}
         for id, speaker in zip(self._chosen, self._speakers, strict=True):
             if id in taken:
@@ -147,30 +194,40 @@ class Cast:
                 taken[id] = speaker
         self._tracker = PeopleTracker(known=seen.people)
 
-    def _find(self, speaker: Speaker, seen: Beginning) -> int | None:
-        """The id of a speaker among the people of the beginning, who may grow by it."""
+    def _find(self, speaker: Speaker, seen: Beginning) -> tuple[int | None, str]:
+        """The id of a speaker among the people of the beginning, who may grow by it, and why it is that one."""
         if speaker.kind == "point":
-            return self._at_point(speaker, seen)
+            return self._at_point(speaker, seen), "who is at that place"
         if speaker.kind == "picture":
-            return self._like_picture(speaker, seen)
-        free = {id: x for id, x in seen.centres.items() if id not in self._chosen}
+            return self._like_picture(speaker, seen), "who looks like that picture"
+        if speaker.kind in ("auto", "largest"):
+            return self._free(speaker, seen)
         if not seen.centres:
-            if speaker.kind in ("auto", "largest"):
-                return None
             raise MediaError(
                 self._reader.path,
                 f"shows no face in its first {LOOK_SECONDS:g} s, so there is no speaker '{speaker.text}'",
                 "name the speaker by place and time (X,Y@SECONDS)",
             )
-        if speaker.kind == "left":
-            return min(seen.centres, key=seen.centres.__getitem__)
-        if speaker.kind == "right":
-            return max(seen.centres, key=seen.centres.__getitem__)
+        sign = 1 if speaker.kind == "left" else -1
+        nearest = min(seen.centres, key=lambda id: sign * seen.centres[id])
+        return nearest, _of(f"the {speaker.kind} one", len(seen.centres))
+
+    def _free(self, speaker: Speaker, seen: Beginning) -> tuple[int | None, str]:
+        """Of the people of the beginning whom nobody else named, who speaks, else the largest; None: nobody is left."""
+        free = [id for id in seen.centres if id not in self._chosen]
+        if not free:
+            if len(self._speakers) > 1:
+                log.warning(
+                    "%s: speaker '%s' waits for a face that has no voice yet: the first %g s show %d",
+                    self._reader.path, speaker.text, LOOK_SECONDS, len(seen.centres),
+                )  # fmt: skip
+            return None, ""
         if speaker.kind == "auto" and len(free) > 1:
             spoken = speaking(self._reader, seen)
             if spoken is not None and spoken not in self._chosen:
-                return spoken
-        return max(free or seen.centres, key=lambda id: seen.sizes[id])
+                return spoken, HEARD
+        others = " without a voice" if len(free) < len(seen.centres) else ""
+        return max(free, key=lambda id: seen.sizes[id]), _of("the largest", len(free), others)
 
     def _at_point(self, speaker: Speaker, seen: Beginning) -> int:
         """Who is at a place, at a time."""
@@ -257,6 +314,11 @@ class Cast:
         if count:
             where = f"in its first {seconds:.0f} s ({self._looked} frames) and at {count} places of the rest"
             raise no_face(self._reader.path, where, best)
+
+
+def _of(which: str, count: int, kind: str = "") -> str:
+    """In words, which of so many faces."""
+    return f"{which} of {count} faces{kind}" if count > 1 else f"the only face{kind}"
 
 
 def speakers_of(options: SyncOptions) -> list[Speaker]:

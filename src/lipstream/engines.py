@@ -21,7 +21,7 @@ from lipstream.media.bounce import BouncingReader
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.media.timeline import Fit, Length
 from lipstream.mouth import MouthModel
-from lipstream.options import Silence
+from lipstream.options import Silence, SyncOptions
 from lipstream.session import Observed, Observer, Session, SpeechRows, TakeSession
 
 #: The next samples of the speech (mono, 16 kHz), fewer at its end, none after it.
@@ -48,11 +48,16 @@ class Engine(Protocol):
 
     Attributes:
         silences: what it can do in silence; the first is its own choice.
-        joins_voices: whether several of its mouths go into one picture.
+        steadies: whether landmarks are freed of their tremor before it sees them.
     """
 
     silences: tuple[Silence, ...]
-    joins_voices: bool
+    steadies: bool
+
+    @classmethod
+    def refuses(cls, options: SyncOptions) -> str | None:
+        """Why it cannot do what a run asks for, and what to leave out; None: it can. Known before it is loaded."""
+        ...
 
     def frames(
         self, reader: VideoReader, speech_samples: int, length: Length = "bounce", fit: Fit = "audio"
@@ -81,7 +86,12 @@ class CanvasEngine:
     """The small model (`lipstream.mouth`)."""
 
     silences: tuple[Silence, ...] = ("close", "source", "model")
-    joins_voices = True
+    steadies = True
+
+    @classmethod
+    def refuses(cls, options: SyncOptions) -> str | None:
+        """See :class:`Engine`."""
+        return None
 
     def __init__(self, model: MouthModel) -> None:
         self.model = model

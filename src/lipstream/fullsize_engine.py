@@ -48,7 +48,7 @@ from lipstream.models.text import PROMPT, PromptEmbedding
 from lipstream.models.wan_vae import WanVAE
 from lipstream.models.wav2vec_features import SpeechFeatures
 from lipstream.models.wav2vec_windowed import WindowConfig
-from lipstream.options import Silence
+from lipstream.options import Silence, SyncOptions
 from lipstream.session import TakeSession
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,18 @@ class FullSizeOptions:
 class FullSizeEngine:
     """A loaded full-size model; see `lipstream.engines.Engine`."""
 
-    silences: tuple[Silence, ...] = ("model", "source")
-    joins_voices = True
+    silences: tuple[Silence, ...] = ("model", "source", "close")
+    steadies = True
+
+    @classmethod
+    def refuses(cls, options: SyncOptions) -> str | None:
+        """See `Engine`."""
+        if options.strength != 1:
+            return (
+                f"a full-size model has no strength (got {options.strength:g}): its mouths are pictures, nothing in "
+                "them says how far lips moved; leave out --strength"
+            )
+        return None
 
     def __init__(self, model: FullSizeModel, features: SpeechFeatures, window: WindowConfig | None = None) -> None:
         self.model, self.features, self.window = model, features, window
@@ -176,8 +186,6 @@ class FullSizeEngine:
 
     def session(self, time_base: Fraction, rows: Rows, seed: int, manner: Manner) -> TakeSession[Any, Any, Any]:
         """See `Engine`."""
-        if manner.strength != 1:
-            raise ValueError(f"a full-size model has no strength (got {manner.strength}): its mouths are pictures")
         return CropSession(self.model, self._compositor, time_base, rows, seed, manner)
 
     def rows(self, read: ReadSpeech) -> Rows:

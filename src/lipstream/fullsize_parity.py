@@ -46,6 +46,7 @@ from lipstream.media.opening import MediaError
 from lipstream.media.reader import SourceFrame, VideoReader
 from lipstream.media.timeline import MODEL_FPS, Fit, Length
 from lipstream.models.wav2vec_features import SpeechFeatures
+from lipstream.options import Silence, SyncOptions
 from lipstream.session import Observed, TakeSession
 
 log = logging.getLogger(__name__)
@@ -171,7 +172,8 @@ class ParityEngine(FullSizeEngine):
         anchors: makes the function that finds a face in the frames of one run; None: our mesh.
     """
 
-    joins_voices = False  # whole pictures are pasted back: the second would replace the first
+    silences: tuple[Silence, ...] = ("model",)
+    steadies = False  # the reference smooths in its own way
 
     def __init__(
         self, model: FullSizeModel, features: SpeechFeatures, anchors: Callable[[], Anchors] | None = None
@@ -180,12 +182,21 @@ class ParityEngine(FullSizeEngine):
         self._anchors = anchors
         self._official = OfficialCompositor(model.mask)
 
+    @classmethod
+    def refuses(cls, options: SyncOptions) -> str | None:
+        """See `Engine`."""
+        if options.voices:  # whole pictures are pasted back: the second would replace the first
+            return "a parity run has one voice: leave out --voice"
+        if options.strength != 1 or options.silence not in (None, *cls.silences):
+            return "a parity run has the model's own mouths: leave out --strength and --silence"
+        if (options.resolved_length, options.resolved_fit) != ("bounce", "audio"):
+            return "a parity run has the official length: leave out --length and --fit"
+        return None
+
     def frames(
         self, reader: VideoReader, speech_samples: int, length: Length = "bounce", fit: Fit = "audio"
     ) -> BouncingReader:
         """See `Engine`; 12 n - 3 frames, at least 9, whatever the video's and the speech's rest."""
-        if (length, fit) != ("bounce", "audio"):
-            raise ValueError("a parity run has the official length: leave out --length and --fit")
         count = official_length(speech_samples, float_seconds=True).pixel_frames
         return BouncingReader(reader, speech_samples, frames=count)
 
@@ -199,8 +210,6 @@ class ParityEngine(FullSizeEngine):
 
     def session(self, time_base: Fraction, rows: Rows, seed: int, manner: Manner) -> OfficialSession:
         """See `Engine`; the rows are those of :meth:`rows`."""
-        if manner.strength != 1 or manner.silence != "model":
-            raise ValueError("a parity run has the model's own mouths: leave out --strength and --silence")
         if not isinstance(rows, OfficialRows):
             raise ValueError("the official chain needs the official rows: they tell how long the clip is")
         return OfficialSession(self.model, self._official, time_base, rows, seed)

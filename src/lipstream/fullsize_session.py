@@ -7,13 +7,14 @@
     session.finish()
 
 A source frame between two model frames gets the nearest one's mouth, in its own alignment: pictures, unlike the canvas'
-shapes, cannot be mixed without ghosts.
+shapes, cannot be mixed without ghosts. What stands before the face, and how its lips close in silence, is seen on the
+face canvas as for the small model; neither has to do with the networks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -22,16 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lipstream.faces.canvas import Alignment, FaceCanvas
-from lipstream.faces.composite import Patch
-from lipstream.faces.crop import CropAligner, CropCompositor, read_crop
+from lipstream.faces.canvas import CANVAS_PX, Alignment, FaceCanvas
+from lipstream.faces.composite import Compositor, Patch
+from lipstream.faces.crop import CropAligner, CropCompositor, covered_on_crop, read_crop
+from lipstream.faces.occlusion import Cover
 from lipstream.faces.official import TEMPLATE
 from lipstream.faces.pose import FrontalGate
+from lipstream.faces.steady import LiveSteady
 from lipstream.faces.track import FaceTrack, FaceTracker
 from lipstream.fullsize import FullSizeModel, FullSizeTake
 from lipstream.manner import PLAIN, Manner
 from lipstream.media.reader import SourceFrame
-from lipstream.session import Observed, TakeSession
+from lipstream.mouth import SHUT_PX
+from lipstream.session import MAX_COVERED, Face, Observed, TakeSession
 
 Crop = NDArray[np.uint8]
 
@@ -44,18 +48,30 @@ MAX_CHANGE = 22.0
 
 @dataclass(frozen=True)
 class CropFace:
-    """Where a face is on its frame."""
+    """Where a face is on its frame.
+
+    Attributes:
+        seen: the same face on the canvas: its shape, and what stands before it. None: a bare place.
+    """
 
     alignment: Alignment
     id: int
+    seen: Face | None = None
 
 
 class CropObserver:
-    """First half: where is the face, and its aligned crop."""
+    """First half: where is the face, and its aligned crop.
 
-    def __init__(self) -> None:
-        self._aligner = CropAligner(FaceCanvas())
+    Args:
+        live: as of `session.Observer`.
+    """
+
+    def __init__(self, canvas: FaceCanvas | None = None, live: bool = True) -> None:
+        self._canvas = canvas or FaceCanvas()
+        self._aligner = CropAligner(self._canvas)
+        self._steady = LiveSteady() if live else None
         self._frontal = FrontalGate()
+        self._cover = Cover()
         self._before: tuple[CropFace, Crop] | None = None
 
     @cached_property
@@ -64,7 +80,8 @@ class CropObserver:
 
     def step(self, frame: SourceFrame) -> Observed[CropFace, Crop]:
         """Track the only face of one frame; frames come in order of time."""
-        return self.look(frame, self._tracker.step(frame.image))
+        track = self._tracker.step(frame.image)
+        return self.look(frame, track if self._steady is None else self._steady.step(track, frame.seconds))
 
     def look(self, frame: SourceFrame, track: FaceTrack | None, cut: bool = False) -> Observed[CropFace, Crop]:
         """What there is to see of a face that somebody else tracked; see `session.Observer`."""
@@ -83,8 +100,15 @@ class CropObserver:
             face = CropFace(self._aligner.step(track.landmarks), track.id)
             crop = read_crop(frame.image, face.alignment)
         self._before = face, crop
-        if not self._frontal.step(track.landmarks):
+        if cut:
+            self._cover.reset()
+        frontal = self._frontal.step(track.landmarks)
+        alignment = self._canvas.align(track.landmarks)
+        field = self._canvas.field(track.landmarks, alignment)
+        covered, share = self._cover.step(self._canvas.texture(frame.image, field, alignment), frontal)
+        if not frontal or share > MAX_COVERED:
             return Observed(frame, None, None, cut)
+        face = replace(face, seen=Face(alignment, field, track.id, covered))
         return Observed(frame, face, crop, cut)
 
 
@@ -107,7 +131,7 @@ def look_change(before: Crop, after: Crop) -> float:
 
 
 class CropSession(TakeSession[CropFace, Crop, Crop]):
-    """Second half.
+    """Second half. In silence the mouth gives way to the source's own, as it is or with its lips closed.
 
     Args:
         model: the networks.
@@ -115,6 +139,8 @@ class CropSession(TakeSession[CropFace, Crop, Crop]):
         time_base, rows, manner: see :class:`TakeSession`.
         seed: of all noise.
     """
+
+    _gives_way = ("source", "close")
 
     def __init__(
         self,
@@ -127,6 +153,10 @@ class CropSession(TakeSession[CropFace, Crop, Crop]):
     ) -> None:
         super().__init__(time_base, rows, manner)
         self._model, self._compositor, self._seed = model, compositor, seed
+        self._canvas = FaceCanvas()
+        self._lips = Compositor(self._canvas)
+        self._unpainted = np.zeros((CANVAS_PX, CANVAS_PX, 3), np.uint8)
+        self._ungated = np.zeros((CANVAS_PX, CANVAS_PX), np.float32)
 
     def _new_take(self) -> FullSizeTake:
         return FullSizeTake(self._model, self._seed)
@@ -135,4 +165,18 @@ class CropSession(TakeSession[CropFace, Crop, Crop]):
         self, image: NDArray[np.uint8], face: CropFace, mouth: Crop, after: Crop | None, share: float, strength: float
     ) -> Patch | None:
         nearest = mouth if after is None or share < 0.5 else after
-        return self._compositor(image, face.alignment, nearest, strength)
+        covered, seen = None, face.seen
+        if seen is not None and seen.covered is not None:
+            places = self._canvas.places(seen.field, seen.alignment)
+            covered = covered_on_crop(seen.covered, places, face.alignment)
+        return self._compositor(image, face.alignment, nearest, strength, covered)
+
+    def _own(self, image: NDArray[np.uint8], face: CropFace, quiet: float) -> Patch | None:
+        """In silence "close" the source's own lips are moved together, as far as they are open: no network says how."""
+        seen = face.seen
+        if self._manner.silence != "close" or seen is None:
+            return None
+        weights, rest = self._canvas.lip_rulers()[0]
+        gap = max(float(seen.field[..., 1].ravel() @ weights) + rest - SHUT_PX, 0.0)
+        shut = seen.field - np.float32(quiet * gap) * self._canvas.gaping_field()
+        return self._lips(image, seen.alignment, seen.field, shut, self._unpainted, self._ungated, seen.covered)

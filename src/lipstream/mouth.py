@@ -139,7 +139,8 @@ class Take:
         self._shut: tuple[float, Tensor] | None = None  # opening (crop px) and pose-free latent [1, K, g, g]
         self._wide: tuple[float, Tensor] | None = None
         self._memory = MouthInside(model.ruler)
-        self._offset: Tensor | None = None  # [20, 20, 2] constant part of generated minus resting shape
+        self._move_before: Tensor | None = None  # [1, 20, 20, 2] generated minus resting shape of the last frame
+        self._offset: Tensor | None = None  # [20, 20, 2] its constant part
         self._outline = torch.from_numpy(outline_weight())[..., None]
         self._average: Tensor | None = None  # [1, K, grid, grid] running mean of the source's latents
 
@@ -183,9 +184,11 @@ class Take:
         x0, resting_z = (torch.where(self._mask > 0, free + posed, z) for free in (generated, neutral))
         # Once the source has shown the inside of its mouth, the painter has nothing more to say.
         painted = None if self._memory.shown_any else self._codec.decode(x0, z, textures)
-        shapes = self._keep_outline(self._fields(x0), self._fields(resting_z), fields[0])
+        resting = self._fields(resting_z)
+        shapes = self._keep_outline(self._even(self._fields(x0) - resting), resting, fields[0])
         if quiet is not None and quiet.any():
-            shapes = self._close(shapes, torch.where(self._mask > 0, shut + posed, z), fields[0], quiet)
+            still = self._codec.still(shut[:, :, 0])[:, :, None]
+            shapes = self._close(shapes, torch.where(self._mask > 0, still + posed, z), fields[0], quiet)
         paint, gate = self._inside(shapes, fields[0], textures[0], painted)
         return self._mouths(shapes, paint, gate)
 
@@ -225,7 +228,7 @@ class Take:
         beyond the most closed. Latent frame by latent frame.
         """
         assert self._shut is not None and self._wide is not None
-        codec, ruler, rest = self._codec, self.model.ruler, self._shut[1]
+        codec, ruler, rest = self._codec, self.model.ruler, self._codec.still(self._shut[1])
         shape = codec.config.shape_channels
         closed, widest = (float(ruler.opening(codec.decode_fields(z)).mean()) for z in (rest, self._wide[1]))
         limit = max(WIDEST_FACTOR * (widest - closed), WIDEST_PX)
@@ -243,7 +246,21 @@ class Take:
         frames = groups.flatten(0, 1)
         return frames[FRAMES_PER_LATENT - 1 :] if self._rollout.chunk == 1 else frames  # the lone first frame
 
-    def _keep_outline(self, fields: Tensor, resting: Tensor, source: Tensor) -> Tensor:
+    def _even(self, moves: Tensor) -> Tensor:
+        """Movements [F, 20, 20, 2] off the resting shape, each the mean of itself and its neighbours in time (1 2 1).
+
+        From frame to frame networks tremble more than lips do, most where one latent frame meets the next. Symmetric,
+        hence without lag. The last frame of a chunk, whose neighbour is not made yet, stays as it is.
+        """
+        before = moves[:0] if self._move_before is None else self._move_before
+        self._move_before = moves[-1:].clone()
+        known = torch.cat([before, moves])
+        between = (known[:-2] + 2 * known[1:-1] + known[2:]) / 4
+        even = moves.clone()
+        even[len(moves) - 1 - len(between) : -1] = between
+        return even
+
+    def _keep_outline(self, moves: Tensor, resting: Tensor, source: Tensor) -> Tensor:
         """Hold the generated shape to the source's head: [F, 20, 20, 2] each, crop px.
 
         What is *constantly* different from the source's resting face in chin and jaw is taken out: how the jaw moves
@@ -253,12 +270,9 @@ class Take:
         """
         kept = []
         lips = 1 - self._outline
-        for generated, rest, own in zip(fields, resting, source, strict=True):
-            difference = generated - rest
-            self._offset = (
-                difference if self._offset is None else self._offset + OFFSET_RATE * (difference - self._offset)
-            )
-            shape = generated - self._outline * self._offset
+        for move, rest, own in zip(moves, resting, source, strict=True):
+            self._offset = move if self._offset is None else self._offset + OFFSET_RATE * (move - self._offset)
+            shape = rest + move - self._outline * self._offset
             kept.append(_straight(shape, own, lips))
         return torch.stack(kept)
 

@@ -185,7 +185,7 @@ def _look(index: int, video: Path, canvas: FaceCanvas, room: int, tell: Tell) ->
     if np.sqrt(np.mean(np.square(speech))) < LEAST_LOUDNESS:
         raise MediaError(video, "its sound is silent", "use a video in which the person is heard")
     samples = np.clip(speech * 32768.0, -32768, 32767).astype(np.int16)
-    observer, grid = Observer(canvas), GridSampler[tuple[int, CanvasFrame | None]](reader.time_base)
+    observer, grid = Observer(canvas, live=False), GridSampler[tuple[int, CanvasFrame | None]](reader.time_base)
     shot, count, row = 0, 0, list[tuple[int, CanvasFrame | None]]()
     # Beyond its sound a video has nothing to teach.
     room = min(room, len(samples) // SAMPLES_PER_MODEL_FRAME)

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from lipstream.background import Ahead
-from lipstream.casting import Cast, no_speaker, speakers_of
+from lipstream.casting import Cast, Choice, no_speaker, speakers_of
 from lipstream.checkpoints.artefacts import MODELS, default_folder
 from lipstream.engines import CanvasEngine, Engine
 from lipstream.media.bounce import BouncingReader
@@ -67,6 +68,7 @@ class SyncReport:
         passed_through: half-open ranges of frames that were left as they were because no face was found.
         stage_seconds: busy wall time of each stage (they overlap).
         first_frame_seconds: from the start of the run to its first finished frame.
+        speakers: whose lips moved, and why theirs.
         copied_frames: how many frames were taken over from the source without encoding (option `copy_unchanged`).
     """
 
@@ -78,6 +80,7 @@ class SyncReport:
     stage_seconds: dict[str, float]
     model: str
     first_frame_seconds: float
+    speakers: tuple[Choice, ...] = ()
     copied_frames: int = 0
 
     @property
@@ -111,8 +114,9 @@ class _Run:
     @classmethod
     def of(cls, engine: Engine, video: PathLike, audio: PathLike, options: SyncOptions) -> _Run:
         """Look at both files in a process of its own, then open them here."""
-        if options.voices and not engine.joins_voices:
-            raise ValueError("a parity run has one voice: leave out --voice")
+        problem = engine.refuses(options)
+        if problem is not None:
+            raise ValueError(problem)
         probed = probe(video, need="video")
         length, fit, delay_ms = options.resolved_length, options.resolved_fit, options.audio_delay_ms
         tracks = [(audio, options.audio_track), *((voice, None) for _, voice in options.voices)]
@@ -178,7 +182,8 @@ class LipSync:
         """
         folder, name = folder_of(model), str(model)
         torch.set_num_threads(threads or 1)
-        if (folder / "codec.safetensors").exists():
+        kind = engine_kind(model, parity)
+        if kind is CanvasEngine:
             given = {
                 "device": None if device == "cpu" else device, "decoder": decoder, "mask": mask, "memory_gb": memory_gb,
                 "speech_lookahead": speech_lookahead, "parity": parity or None,
@@ -192,7 +197,6 @@ class LipSync:
             return cls(CanvasEngine(MouthModel.load(folder, dtype)), name, seed or 0)
         from lipstream.diffusion.official_noise import OFFICIAL_SEED
         from lipstream.fullsize_engine import DECODERS, FullSizeEngine, FullSizeOptions
-        from lipstream.fullsize_parity import ParityEngine
         from lipstream.models.wav2vec_windowed import window_of
 
         if memory_gb is not None and not 0 < memory_gb < float("inf"):
@@ -210,7 +214,7 @@ class LipSync:
         )
         if seed is None:
             seed = OFFICIAL_SEED if parity else 0
-        kind = ParityEngine if parity else FullSizeEngine
+        assert issubclass(kind, FullSizeEngine)
         return cls(kind.load(folder, options, on_memory), name, seed)
 
     def __call__(
@@ -276,6 +280,8 @@ class LipSync:
         for sound, silent in zip((audio, *(voice for _, voice in options.voices)), mute, strict=True):
             if silent:
                 log.warning("%s: no speech in it, only silence or noise: the lips say nothing", sound)
+        for speaker in run.cast.waiting():
+            log.warning("%s: no face ever showed for speaker '%s': nobody says those words", video, speaker.text)
         seconds = time.perf_counter() - clock.started
         return SyncReport(
             output=Path(output),
@@ -286,6 +292,7 @@ class LipSync:
             stage_seconds={k: round(v, 3) for k, v in clock.stages.items()},
             model=self.name,
             first_frame_seconds=clock.first or seconds,
+            speakers=tuple(run.cast.choices),
             copied_frames=writer.copied_frames,
         )
 
@@ -310,13 +317,14 @@ class LipSync:
         clock.voices = session
 
         def observed() -> Iterator[Looked]:
-            for frame in source:
+            for frame in chain(source, (None,)):  # None: there are no more
                 since = time.perf_counter()
-                seen = session.look(frame)
-                if frame.stored.width * frame.stored.height > _KEPT_IMAGE_PIXELS:
-                    frame.forget_image()
+                looked = session.look_at_rest() if frame is None else session.look(frame)
+                for shown in (frame, *(seen[0].frame for seen in looked)):
+                    if shown is not None and shown.stored.width * shown.stored.height > _KEPT_IMAGE_PIXELS:
+                        shown.forget_image()
                 clock.add("faces", since)
-                yield seen
+                yield from looked
 
         def generated() -> Iterator[SyncedFrame]:
             with Ahead(observed(), ahead_frames, "faces") as ahead:
@@ -361,6 +369,20 @@ def folder_of(model: PathLike) -> Path:
         names = ", ".join((*BUILT_IN, *MODELS))
         raise ValueError(f"unknown model '{model}': not a folder, and the known models are {names}")
     return folder
+
+
+def engine_kind(model: PathLike, parity: bool = False) -> type[Engine]:
+    """What kind of model that is: says what it refuses before anything is loaded.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (folder_of(model) / "codec.safetensors").exists():
+        return CanvasEngine
+    from lipstream.fullsize_engine import FullSizeEngine
+    from lipstream.fullsize_parity import ParityEngine
+
+    return ParityEngine if parity else FullSizeEngine
 
 
 def _progress(done: int, total: int | None, started: float) -> Progress:

@@ -27,14 +27,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lipstream.faces.canvas import KNOWN_ROWS_PX, Alignment, FaceCanvas, Float
-from lipstream.faces.composite import Compositor, Patch
+from lipstream.faces.composite import Compositor, Patch, joined
 from lipstream.faces.occlusion import Cover
 from lipstream.faces.pose import FrontalGate
+from lipstream.faces.steady import LiveSteady
 from lipstream.faces.track import FaceTrack, FaceTracker
 from lipstream.manner import PLAIN, Manner
 from lipstream.media.reader import SourceFrame, replace_region
 from lipstream.media.timeline import MODEL_FPS, GridSampler
 from lipstream.mouth import CanvasFrame, Mouth, MouthModel, Take
+from lipstream.options import Silence
 
 QUIET_SAMPLES = 10 * 16_000  # the encoder's memory of loudness is two seconds; steady after five of them
 MAX_GAP_MODEL_FRAMES = 12  # a face lost for longer ends its take
@@ -121,10 +123,16 @@ class SyncedFrame:
 
 
 class Observer:
-    """First half: where is the face, and what does the codec see of it."""
+    """First half: where is the face, and what does the codec see of it.
 
-    def __init__(self, canvas: FaceCanvas) -> None:
+    Args:
+        live: frames given to :meth:`step` are shown as they come: landmarks are freed of their tremor without a look
+            ahead. Those given to :meth:`look` are the caller's to steady.
+    """
+
+    def __init__(self, canvas: FaceCanvas, live: bool = True) -> None:
         self._canvas = canvas
+        self._steady = LiveSteady() if live else None
         self._frontal = FrontalGate()
         self._cover = Cover()
         self._face_before: Face | None = None
@@ -136,7 +144,8 @@ class Observer:
 
     def step(self, frame: SourceFrame) -> Observed[Face, CanvasFrame]:
         """Track the only face of one frame; frames come in order of time."""
-        return self.look(frame, self._tracker.step(frame.image))
+        track = self._tracker.step(frame.image)
+        return self.look(frame, track if self._steady is None else self._steady.step(track, frame.seconds))
 
     def look(self, frame: SourceFrame, track: FaceTrack | None, cut: bool = False) -> Observed[Face, CanvasFrame]:
         """What there is to see of a face that somebody else tracked.
@@ -191,6 +200,9 @@ class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
         manner: how the mouth speaks, and what it does in silence.
     """
 
+    #: Kinds of silence in which the source's own mouth shows.
+    _gives_way: tuple[Silence, ...] = ("source",)
+
     def __init__(self, time_base: Fraction, rows: Callable[[int, int], Tensor], manner: Manner = PLAIN) -> None:
         self._rows, self._manner = rows, manner
         self._grid: GridSampler[_Placed[FaceT, ViewT]] = GridSampler(time_base)
@@ -226,6 +238,10 @@ class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
 
         ``strength`` is how much of the mouth there is to be, 1 or on the way between the source's mouth and it.
         """
+
+    def _own(self, image: NDArray[np.uint8], face: FaceT, quiet: float) -> Patch | None:
+        """What becomes of the source's own mouth where ``quiet`` (0..1) of the other gives way to it."""
+        return None
 
     def _speak(self, take: AnyTake[ViewT, MouthT], views: list[ViewT], start: int) -> list[MouthT]:
         """One step of a take that begins at model frame ``start``."""
@@ -278,7 +294,8 @@ class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
         valid, need = len(self._chunk), self._take.next_pixel_frames
         frames = self._chunk + [self._chunk[-1]] * (need - valid)
         mouths = self._speak(self._take, frames, self._decided)
-        quiet = self._manner.quiet(self._decided, self._decided + need) if self._manner.silence == "source" else None
+        gives_way = self._manner.silence in self._gives_way
+        quiet = self._manner.quiet(self._decided, self._decided + need) if gives_way else None
         # Where a source frame shows for long, most model frames belong to nobody: they are not kept.
         wanted = {place + step for place, _ in map(self._place, self._waiting) for step in (0, 1)}
         for step, mouth in enumerate(mouths[:valid]):
@@ -355,10 +372,15 @@ class TakeSession(ABC, Generic[FaceT, ViewT, MouthT]):
         after = self._mouth(lower + 1, placed.shot) if share else None
         if mouth is None:  # the shot, or its face, begins between two model frames
             mouth, after = after, None
-        strength *= 1 - self._quiet.get(lower, 0.0)
         patch = None
         if face is not None and mouth is not None and strength > 0:
-            patch = self._patch(frame.image, face, mouth, after, share, strength)
+            quiet, image = self._quiet.get(lower, 0.0), frame.image
+            own = self._own(image, face, strength * quiet) if quiet else None
+            if own is not None:
+                image = own.on(image)
+            if quiet < 1:
+                patch = self._patch(image, face, mouth, after, share, strength * (1 - quiet))
+            patch = own if patch is None else patch if own is None else joined(own, patch, image)
         if patch is None:
             return SyncedFrame(frame.index, frame.pts, frame.time_base, frame, False, None)
         changed = replace_region(frame, patch.rgb, patch.box, (patch.alpha > 0).astype(np.float32))

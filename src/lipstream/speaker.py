@@ -35,6 +35,18 @@ class Speaker:
     path: Path | None = None
 
 
+def parse_voice(text: str) -> tuple[str, str]:
+    """A further speaker and their speech, (who, file), from WHO=FILE.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    who, _, file = (part.strip() for part in text.partition("="))
+    if not (who and file):
+        raise ValueError(f"must be WHO=FILE, e.g. right=b.wav, got '{text}'")
+    return who, file
+
+
 def parse_speaker(text: str) -> Speaker:
     """A speaker from an option's value.
 

@@ -5,7 +5,9 @@ into the same frame one after the other.
 
     voices = Voices(engine, Cast(reader, speakers), reads, reader.time_base, seed, options)
     for frame in source:
-        for done in voices.push(voices.look(frame)): ...
+        for looked in voices.look(frame):
+            for done in voices.push(looked): ...
+    for looked in voices.look_at_rest(): ...
     voices.finish()
 """
 
@@ -21,7 +23,9 @@ import numpy as np
 
 from lipstream.casting import Cast
 from lipstream.engines import Engine, ReadSpeech
-from lipstream.faces.composite import Patch
+from lipstream.faces.composite import joined
+from lipstream.faces.steady import Steady
+from lipstream.faces.track import FaceTrack
 from lipstream.manner import Manner
 from lipstream.media.reader import SourceFrame, replace_region
 from lipstream.media.silence import SpeechEars
@@ -72,6 +76,7 @@ class Voices:
         options: SyncOptions,
     ) -> None:
         self._cast = cast
+        self._steady = Steady[SourceFrame]() if engine.steadies else None
         self._voices: list[_Voice] = []
         for read in reads:
             ears = SpeechEars(read)
@@ -83,9 +88,21 @@ class Voices:
         """Of every voice: whether there was no speech in it (unknown, and False, for silence "model")."""
         return [voice.ears.mute for voice in self._voices]
 
-    def look(self, frame: SourceFrame) -> Looked:
-        """First half: find the faces in a frame; frames come in order of time."""
+    def look(self, frame: SourceFrame) -> list[Looked]:
+        """First half: find the faces in a frame; frames come in order of time.
+
+        Gives what there is to see in the frames whose faces are known well enough now, see `faces.steady`.
+        """
         cut, tracks = self._cast.step(frame)
+        if self._steady is None:
+            return [self._observe(frame, tracks, cut)]
+        return [self._observe(*known) for known in self._steady.push(frame, frame.seconds, tracks, cut)]
+
+    def look_at_rest(self) -> list[Looked]:
+        """First half: there are no more frames."""
+        return [] if self._steady is None else [self._observe(*known) for known in self._steady.finish()]
+
+    def _observe(self, frame: SourceFrame, tracks: Sequence[FaceTrack | None], cut: bool) -> Looked:
         pairs = zip(self._voices, tracks, strict=True)
         return [voice.observer.look(frame, track, cut) for voice, track in pairs]
 
@@ -120,18 +137,4 @@ def _with(first: SyncedFrame, other: SyncedFrame) -> SyncedFrame:
         return other
     patch = other.patch
     frame = replace_region(first.frame, patch.rgb, patch.box, (patch.alpha > 0).astype(np.float32))
-    return replace(first, frame=frame, patch=_union(first.patch, patch, frame))
-
-
-def _union(one: Patch, two: Patch, frame: SourceFrame) -> Patch:
-    """One patch that holds two: what neither changes has alpha 0."""
-    left, top = (min(one.box[i], two.box[i]) for i in (0, 1))
-    right, bottom = (max(one.box[i], two.box[i]) for i in (2, 3))
-    rgb = frame.image[top:bottom, left:right].copy()
-    alpha = np.zeros(rgb.shape[:2], np.uint8)
-    for patch in (one, two):
-        x0, y0, x1, y1 = patch.box
-        part = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
-        rgb[part] = np.where(patch.alpha[..., None] > 0, patch.rgb, rgb[part])
-        alpha[part] = np.maximum(alpha[part], patch.alpha)
-    return Patch((left, top, right, bottom), rgb, alpha)
+    return replace(first, frame=frame, patch=joined(first.patch, patch, frame.image))

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from lipstream.speaker import parse_voice
+
 T = TypeVar("T")
 
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -50,7 +52,8 @@ def read_fields(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """One value as its type hint wants it: str, int, float, bool, Path, Literal, or one of several or None.
+    """One value as its type hint wants it: str, int, float, bool, Path, Literal, or one of several or None; pairs of
+    text as `_pairs` reads them.
 
     Raises:
         ValueError: it is something else; says what is allowed.
@@ -71,7 +74,22 @@ def convert(value: Any, hint: Any) -> Any:
         if not found:
             raise ValueError(f"'{value}' is unknown; use one of {', '.join(map(str, known))}")
         return found[0]
+    if hint == tuple[tuple[str, str], ...]:
+        return _pairs(value)
     return _plain(value, hint)
+
+
+def _pairs(value: Any) -> tuple[tuple[str, str], ...]:
+    """Text "WHO=FILE; WHO=FILE" as in CSV, or what JSON can say better: {"WHO": "FILE"}, or a list of "WHO=FILE"."""
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+        if not all(isinstance(text, str) and text.strip() for pair in pairs for text in pair):
+            raise ValueError(f'\'{value}\' has an empty name or file; write {{"right": "b.wav"}}')
+        return tuple((who.strip(), file.strip()) for who, file in pairs)
+    parts = value.split(";") if isinstance(value, str) else value
+    if not (isinstance(parts, list) and all(isinstance(part, str) for part in parts)):
+        raise ValueError(f"'{value}' names no voices; write WHO=FILE, with ; between several")
+    return tuple(parse_voice(part) for part in parts if part.strip())
 
 
 def _plain(value: Any, hint: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a batch of lip-syncs is asked for: a CSV or JSON-lines manifest, or a folder of videos and one of speech.
 
 Columns `video`, `audio` and `output`, and any field of `SyncOptions`; relative paths count from the manifest's folder.
+Column `voices` holds what `--voice` takes, several with ; between them: right=b.wav; who.png=c.wav
 
     video,audio,output,length,crf
     talk.mp4,hello.wav,out/hello.mp4,,
@@ -40,9 +41,14 @@ class Item:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """All files that it reads: also the picture that names the speaker."""
-        picture = parse_speaker(self.options.speaker).path
-        return (self.video, self.audio) if picture is None else (self.video, self.audio, picture)
+        """All files that it reads: also the other voices, and the pictures that name speakers."""
+        pictures = [parse_speaker(who).path for who in (self.options.speaker, *(who for who, _ in self.options.voices))]
+        return (self.video, *self.sounds, *(picture for picture in pictures if picture is not None))
+
+    @property
+    def sounds(self) -> tuple[Path, ...]:
+        """The speech of every voice, the main one first."""
+        return (self.audio, *(Path(file) for _, file in self.options.voices))
 
 
 class ManifestError(ValueError):
@@ -126,7 +132,7 @@ def check_inputs(items: list[Item]) -> dict[Item, str]:
     wrong: dict[Item, str] = {}
     seen: dict[tuple[Path, str], str] = {}
     for item in items:
-        for path, need in ((item.video, "video"), (item.audio, "audio")):
+        for path, need in ((item.video, "video"), *((sound, "audio") for sound in item.sounds)):
             if (path, need) not in seen:
                 try:
                     open_media(path, need="video" if need == "video" else "audio").close()
@@ -256,16 +262,22 @@ def _item(folder: Path, line: int, row: dict[str, Any]) -> Item:
 
 
 def _placed(folder: Path, options: SyncOptions) -> SyncOptions:
-    """The options with the speaker's picture, if one is named, where the manifest means it."""
-    picture = parse_speaker(options.speaker).path
-    if picture is None:
-        return options
-    if not (folder / picture).is_file():
-        raise ColumnError("speaker", f"'{picture}' is not a file ({folder / picture}); check the name")
-    return replace(options, speaker=str(folder / picture))
+    """The options with the files that they name where the manifest means them."""
+
+    def placed(column: str, name: str) -> str:
+        if not (folder / name).is_file():
+            raise ColumnError(column, f"'{name}' is not a file ({folder / name}); check the name")
+        return str(folder / name)
+
+    def person(column: str, who: str) -> str:
+        picture = parse_speaker(who).path
+        return who if picture is None else placed(column, str(picture))
+
+    voices = tuple((person("voices", who), placed("voices", file)) for who, file in options.voices)
+    return replace(options, speaker=person("speaker", options.speaker), voices=voices)
 
 
 def _reused(items: list[Item]) -> list[Item]:
     """Items whose output is an input: the batch would eat its own sources."""
-    inputs = {os.path.realpath(source) for item in items for source in (item.video, item.audio)}
+    inputs = {os.path.realpath(source) for item in items for source in item.inputs}
     return [item for item in items if os.path.realpath(item.output) in inputs]

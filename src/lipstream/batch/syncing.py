@@ -7,7 +7,7 @@ summary = run_jobs(jobs, scheduler, SyncFactory(model="pocket"), state)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,4 +92,5 @@ def _said(report: SyncReport) -> dict[str, Any]:
         "passed_through": [list(span) for span in report.passed_through],
         "seconds": round(report.seconds, 3),
         "model": report.model,
+        "speakers": [asdict(choice) for choice in report.speakers],
     }

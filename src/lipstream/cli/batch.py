@@ -25,6 +25,7 @@ from lipstream.cli.common import (
     clock,
     positive,
     print_error,
+    refusal,
 )
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from lipstream.batch.run import BatchConfig, BatchProgress, BatchSummary, Standing
 
 DESCRIPTION = (
-    "Sync every item of MANIFEST (.csv or .jsonl with the columns video, audio, output and any option of a run but "
-    "voices), or pair the files of two folders by name. A stopped run is continued by the same command; an item that "
-    "fails does not stop the others, and the exit status is 1 then."
+    "Sync every item of MANIFEST (.csv or .jsonl with the columns video, audio, output and any option of a run), or "
+    "pair the files of two folders by name. A stopped run is continued by the same command; an item that fails does "
+    "not stop the others, and the exit status is 1 then."
 )
 MANY = 20  # lines shown of a long list
 
@@ -84,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from lipstream.batch.syncing import SyncFactory, model_of, sync_jobs
 
     items = _items(args)
+    if args.model != "pocket":  # which does anything that an item may ask for
+        _check_options(args, items)
     report = args.report or _default_report(args)
     loading = {
         "model": args.model, "seed": args.seed, "threads": args.threads, "device": args.device, "dtype": args.dtype,
@@ -221,6 +224,14 @@ def _items(args: argparse.Namespace) -> list[Item]:
     if any(folder is None for folder in folders):
         raise UsageError("name a MANIFEST, or all three of --videos, --audios and --out")
     return pair_folders(*folders)
+
+
+def _check_options(args: argparse.Namespace, items: list[Item]) -> None:
+    """Refuse what the model cannot do before any work."""
+    for item in items:
+        problem = refusal(args, item.options)
+        if problem is not None:
+            raise UsageError(f"{args.manifest}: line {item.line}: {problem}")
 
 
 def _default_report(args: argparse.Namespace) -> Path:

@@ -36,6 +36,7 @@ from lipstream.media.opening import open_media, picture_stream, seconds
 if TYPE_CHECKING:  # importing the pipeline loads torch: `--help` and a mistyped file name should not wait for that
     from lipstream.checkpoints.hashing import Report
     from lipstream.memory import MemoryNeed
+    from lipstream.options import SyncOptions
     from lipstream.pipeline import LipSync, Progress, SyncReport
 
 EXIT_OK = 0
@@ -126,6 +127,13 @@ def load_model(args: argparse.Namespace) -> LipSync:
         parity=args.parity,
         on_memory=tell,
     )
+
+
+def refusal(args: argparse.Namespace, options: SyncOptions) -> str | None:
+    """Why the model that the options of `add_model` name cannot do a run, said before it is loaded."""
+    from lipstream.pipeline import engine_kind
+
+    return engine_kind(args.model, args.parity).refuses(options)
 
 
 def positive(text: str) -> int:
@@ -268,11 +276,24 @@ def summary(report: SyncReport) -> str:
     """The one line at the end of a run: frames, speed, what was passed through and where the result lies."""
     synced = f"{report.synced_frames} of {report.frames} frames synced"
     parts = [f"{synced} in {report.seconds:.1f} s ({report.fps:.1f} frames/s)"]
+    if report.speakers:
+        parts.append(_speakers(report))
     if report.passed_through:
         parts.append(f"left unchanged: {_spans(report)}")
     if report.copied_frames:
         parts.append(f"{report.copied_frames} frames copied without encoding")
     return f"{report.output}: {'; '.join(parts)}; model {report.model}"
+
+
+def _speakers(report: SyncReport, limit: int = 4) -> str:
+    """Who got the words: where that face first shows (px), and why it is the one."""
+    said = []
+    for choice in report.speakers[:limit]:
+        x, y = choice.place
+        since = f" from {timestamp(choice.seconds)}" if choice.seconds else ""
+        said.append(f"speaker {choice.speaker}: the face at {x:.0f},{y:.0f}{since} ({choice.why})")
+    more = len(report.speakers) - limit
+    return ", ".join(said) + (f" and {more} more" if more > 0 else "")
 
 
 def _spans(report: SyncReport, limit: int = 8) -> str:

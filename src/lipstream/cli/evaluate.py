@@ -6,6 +6,7 @@ $ lipstream evaluate codec samples/ --model runs/codec/checkpoint.pt   # the cod
 $ lipstream evaluate fidelity talk.mp4 speech.wav                      # what must not change
 $ lipstream evaluate speed talk.mp4                                    # frames/s, first frame, memory
 $ lipstream evaluate drift talk.mp4 --seconds 60                       # the end of a long run against its beginning
+$ lipstream evaluate jitter talk.mp4                                   # how much mouths tremble, against the source's
 $ lipstream evaluate torture                                           # every kind of video and hostile file
 """
 
@@ -60,6 +61,8 @@ def add_parser(subparsers: Any) -> None:
     torture = actions.add_parser("torture", help="every kind of video that people bring, and files that attackers send")
     torture.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose names begin so")
     torture.add_argument("--long", action="store_true", help="also the cases that take minutes")
+    jitter = actions.add_parser("jitter", help="how much mouths tremble, against the source's; own speech")
+    jitter.add_argument("clips", type=Path, nargs="+", metavar="CLIP", help="videos with their own speech")
     measures = (
         (sync, _sync),
         (syncnet, _syncnet),
@@ -67,6 +70,7 @@ def add_parser(subparsers: Any) -> None:
         (fidelity, _fidelity),
         (speed, _speed),
         (drift, _drift),
+        (jitter, _jitter),
         (torture, _torture),
     )
     for parser, action in measures:
@@ -220,6 +224,27 @@ def _speed(args: argparse.Namespace) -> int:
     figures["warm"] = asdict(warm)
     print(f"warm: {warm.fps:.1f} frames/s, first frame after {warm.first_frame_seconds:.2f} s")
     _write(args.json, figures)
+    return EXIT_OK
+
+
+_JITTER = "{}: sideways {:.2f}, vertical {:.2f}; typical frame {:.2f}, {:.2f}"
+
+
+def _jitter(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from lipstream.evaluation.jitter import measure_jitter
+
+    silence_tflite()
+    lipsync, rows = _load(args), []
+    for clip in args.clips:
+        row = measure_jitter(lipsync, clip)
+        rows.append(row)
+        print(_JITTER.format(row.name, *row.ratio, *row.typical_ratio), flush=True)
+    table = np.array([(*row.ratio, *row.typical_ratio) for row in rows])
+    for word, values in (("mean", table.mean(0)), ("worst", table.max(0))):
+        print(_JITTER.format(word, *values))
+    _write(args.json, [asdict(row) | {"ratio": row.ratio, "typical_ratio": row.typical_ratio} for row in rows])
     return EXIT_OK
 
 

@@ -19,6 +19,7 @@ from lipstream.cli.common import (
     add_verbose,
     load_model,
     positive,
+    refusal,
     show_progress,
     silence_tflite,
     summary,
@@ -28,6 +29,7 @@ from lipstream.media.plan import Plan
 from lipstream.media.probe import probe
 from lipstream.media.timeline import Fit, Length
 from lipstream.options import Silence, SyncOptions
+from lipstream.speaker import parse_voice
 
 DESCRIPTION = (
     "Write VIDEO with lips that speak AUDIO. Size, frames and timestamps stay; AUDIO becomes the sound. Speech longer "
@@ -67,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
         from lipstream.fullsize_parity import check_source
 
         check_source(args.video)
+    problem = refusal(args, options)
+    if problem is not None:
+        raise UsageError(problem)
     lipsync = load_model(args)
     with show_progress() as report:
         result = lipsync(args.video, args.audio, args.output, options=options, progress=report, on_plan=tell)
@@ -140,10 +145,10 @@ def add_speech(parser: argparse.ArgumentParser) -> None:
 
 def voice(text: str) -> tuple[str, str]:
     """An argument type: WHO=FILE."""
-    who, equals, file = text.partition("=")
-    if not (who and equals and file):
-        raise argparse.ArgumentTypeError(f"must be WHO=FILE, e.g. right=b.wav, got '{text}'")
-    return who, file
+    try:
+        return parse_voice(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def sync_options(args: argparse.Namespace) -> SyncOptions:

@@ -39,6 +39,9 @@ KNOWN_ROWS_PX = 48  # rows above: nose and cheeks, which tell the pose; below: t
 # MediaPipe mesh: upper and lower inner lip at three places, and the inner corners of the mouth.
 INNER_LIP_PAIRS = ((13, 14), (82, 87), (312, 317))
 INNER_LIP_CORNERS = (78, 308)
+# The edges of the lips around the inside of the mouth, from corner to corner.
+_UPPER_EDGE = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308)
+_LOWER_EDGE = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308)
 # Red of the lips without the corners, and the tip of the chin.
 _UPPER_LIP = frozenset((
     0, 11, 12, 13, 37, 38, 39, 40, 41, 42, 72, 73, 74, 80, 81, 82, 267, 268, 269, 270, 271, 272, 302, 303, 304, 310,
@@ -129,6 +132,7 @@ class FaceCanvas:
             self.rigid_ids: NDArray[np.int64] = data["rigid_ids"].astype(np.int64)
         self._rigid_points = crop_points[self.rigid_ids].astype(np.float64)
         self._rest_points = crop_points[self.ids].astype(np.float32)
+        self._edges = [canvas_points[list(edge)].astype(np.float32) for edge in (_UPPER_EDGE, _LOWER_EDGE)]
         points = canvas_points[self.ids]
         to_field = _thin_plate(points, _grid(FIELD_STEP_PX), smoothing)
         to_dense = _thin_plate(points, _grid(DENSE_STEP_PX), smoothing)
@@ -140,6 +144,9 @@ class FaceCanvas:
         rest = (to_dense @ self._rest_points).astype(np.float32).reshape(DENSE, DENSE, 2)
         self._rest_coarse: Float = rest
         self.rest_map: Float = _enlarge(rest)
+
+    #: Landmarks of the red of the lips and of the tip of the chin.
+    mouth_ids = _UPPER_LIP | _LOWER_LIP | _CHIN
 
     # ------------------------------------------------------------------ shape
 
@@ -194,13 +201,23 @@ class FaceCanvas:
         weights = self.lip_rulers()[0][0]
         return np.asarray(field / float(field[..., 1].ravel() @ weights), np.float32)
 
+    def inner_lips(self) -> tuple[Float, Float]:
+        """Rows of the canvas at which the upper lip ends and the lower one begins, [CANVAS_PX] columns each; equal
+        beyond the corners of the mouth."""
+        columns = np.arange(CANVAS_PX, dtype=np.float32)
+        upper, lower = (np.interp(columns, edge[:, 0], edge[:, 1]).astype(np.float32) for edge in self._edges)
+        return upper, lower
+
     # ---------------------------------------------------------------- texture
+
+    def places(self, field: Float, alignment: Alignment) -> Float:
+        """Where the pixels of the canvas lie in the frame, [CANVAS_PX, CANVAS_PX, 2] source px."""
+        crop, inverse = self.rest_map + self.dense(field), alignment.inverse
+        return np.asarray(crop @ inverse[:, :2].T.astype(np.float32) + inverse[:, 2].astype(np.float32), np.float32)
 
     def texture(self, frame: NDArray[np.uint8], field: Float, alignment: Alignment) -> NDArray[np.uint8]:
         """Colours of the canvas, [CANVAS_PX, CANVAS_PX, 3] uint8, read from ``frame`` [H, W, 3] uint8."""
-        crop = self.rest_map + self.dense(field)
-        inverse = alignment.inverse
-        source = crop @ inverse[:, :2].T.astype(np.float32) + inverse[:, 2].astype(np.float32)
+        source = self.places(field, alignment)
         frame, source = shrunk_for_reading(frame, source, 1.0 / alignment.scale)
         sampled = cv2.remap(frame, source[..., 0], source[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         return np.asarray(sampled, np.uint8)

@@ -1,5 +1,7 @@
 """Put a generated mouth back into its source frame: move the frame's own pixels, paint only what it never showed.
 
+Where open lips are to meet, what lies between them becomes lips first.
+
 Replaces the official paste-back (spec section 4.4), which resamples the whole crop. Here the *difference* between the
 generated and the source shape field moves source pixels directly, once, at the frame's own resolution, and a gate says
 where the painted texture (inside of the mouth, lip line) takes over. Both fade to exactly nothing at the rim of the
@@ -22,6 +24,11 @@ _MARGIN_PX = 6  # crop px kept around the mask when the map is inverted
 _SQUEEZED = (2.2, 4.0)  # source px per px from which, and up to which, samples give way to averages
 _SQUEEZED_SAMPLES = 12
 _SQUEEZED_REACH = (5, 3)  # px, rows and columns
+# A mouth that shuts from further open than this (crop px) would show its teeth as a line: its inside becomes lips ...
+_SHUTS = (1.5, 4.0)
+_SHUT = (1.8, 4.0)  # ... where less than this is left open (crop px).
+_LIP_PX = 5.0  # from the edge of the lips, canvas px: there a lip has its own colour
+_SEAM_SHADE = 0.3  # closed lips are darker where they meet
 
 
 def _ramp(position: Float, start: float, end: float) -> Float:
@@ -54,6 +61,30 @@ class Patch:
     box: tuple[int, int, int, int]
     rgb: NDArray[np.uint8]
     alpha: NDArray[np.uint8]
+
+    def on(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """An image [H, W, 3] with the patch in it, a copy."""
+        left, top, right, bottom = self.box
+        changed = image.copy()
+        changed[top:bottom, left:right][self.alpha > 0] = self.rgb[self.alpha > 0]
+        return changed
+
+
+def joined(one: Patch, two: Patch, image: NDArray[np.uint8]) -> Patch:
+    """One patch of an image [H, W, 3] that holds two.
+
+    What neither changes has alpha 0, what both change is the second's.
+    """
+    left, top = (min(one.box[i], two.box[i]) for i in (0, 1))
+    right, bottom = (max(one.box[i], two.box[i]) for i in (2, 3))
+    rgb = image[top:bottom, left:right].copy()
+    alpha = np.zeros(rgb.shape[:2], np.uint8)
+    for patch in (one, two):
+        x0, y0, x1, y1 = patch.box
+        part = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
+        rgb[part] = np.where(patch.alpha[..., None] > 0, patch.rgb, rgb[part])
+        alpha[part] = np.maximum(alpha[part], patch.alpha)
+    return Patch((left, top, right, bottom), rgb, alpha)
 
 
 def clipped_box(points: NDArray[Any], margin_px: int, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
@@ -105,6 +136,19 @@ def resample(image: NDArray[np.uint8], x: NDArray[Any], y: NDArray[Any]) -> NDAr
     return sampled
 
 
+def _pixels(box: tuple[int, int, int, int]) -> tuple[Float, Float]:
+    """x and y of every pixel of a box (left, top, right, bottom), [h, w] each."""
+    x, y = np.meshgrid(np.arange(box[0], box[2], dtype=np.float32), np.arange(box[1], box[3], dtype=np.float32))
+    return x, y
+
+
+def _row(values: Float, rows: Float) -> Float:
+    """Of each column of values [n, n] the one at that (fractional) row: [n]."""
+    columns = np.arange(len(rows), dtype=np.float32)
+    found = cv2.remap(np.ascontiguousarray(values), columns[None], rows[None], cv2.INTER_LINEAR)
+    return np.asarray(found[0], np.float32)
+
+
 class Compositor:
     """Renders :class:`Patch` objects from shape fields and a painted canvas."""
 
@@ -117,6 +161,7 @@ class Compositor:
         fine = CANVAS_PX * _SPLAT
         xy = (np.arange(fine, dtype=np.float32) + 0.5) / _SPLAT - 0.5
         self._splat_x, self._splat_y = (a.ravel().astype(np.float64) for a in np.meshgrid(xy, xy))  # as bincount wants
+        self._edges = canvas.inner_lips()
 
     def __call__(
         self,
@@ -149,15 +194,8 @@ class Compositor:
         box = self._box(target_map, alignment, frame.shape[:2])
         if box is None:
             return None
-        inverse, origin = self._invert(target_map)
-        x0, y0, x1, y1 = box
-        px, py = np.meshgrid(np.arange(x0, x1, dtype=np.float32), np.arange(y0, y1, dtype=np.float32))
-        m = alignment.matrix.astype(np.float32)
-        crop_x = m[0, 0] * px + m[0, 1] * py + (m[0, 2] - origin[0])
-        crop_y = m[1, 0] * px + m[1, 1] * py + (m[1, 2] - origin[1])
-        on_canvas = cv2.remap(
-            inverse, crop_x, crop_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(-1, -1, 0)
-        )
+        on_canvas = self._on_canvas(target_map, alignment, box)
+        px, py = _pixels(box)
         layers = np.concatenate([motion, (mask * gate)[..., None], mask[..., None]], -1)
         layers = cv2.remap(
             layers, on_canvas[..., 0], on_canvas[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT
@@ -166,13 +204,69 @@ class Compositor:
         back = alignment.inverse.astype(np.float32)
         from_x = px - (back[0, 0] * layers[..., 0] + back[0, 1] * layers[..., 1])
         from_y = py - (back[1, 0] * layers[..., 0] + back[1, 1] * layers[..., 1])
-        moved = resample(frame, from_x, from_y)
+        moved = resample(self._sealed(frame, alignment, source_map, target_map), from_x, from_y)
         painted = resample(paint, on_canvas[..., 0], on_canvas[..., 1])
         weight = layers[..., 2:3]
         blended = moved + weight * (painted.astype(np.float32) - moved)
         alpha = np.where(layers[..., 3] > 0.004, np.uint8(255), np.uint8(0))
+        x0, y0, x1, y1 = box
         rgb = np.where(alpha[..., None] > 0, np.clip(blended + 0.5, 0, 255), frame[y0:y1, x0:x1])
         return Patch(box, rgb.astype(np.uint8), alpha)
+
+    def _sealed(
+        self, frame: NDArray[np.uint8], alignment: Alignment, source_map: Float, target_map: Float
+    ) -> NDArray[np.uint8]:
+        """The frame, with the inside of its mouth painted as lips where these meet in the target.
+
+        However an open mouth is pressed shut, its teeth would stay between the lips as a bright line.
+        """
+        upper, lower = self._edges
+        columns = np.arange(CANVAS_PX, dtype=np.float32)
+        ends = [_row(m[..., 1], edge) for m in (source_map, target_map) for edge in (upper, lower)]
+        open_before, open_after = ends[1] - ends[0], ends[3] - ends[2]
+        need = _ramp(open_before - open_after, *_SHUTS) * (1 - _ramp(open_after, *_SHUT)) * (lower > upper)
+        if float(need.max()) < 0.02:
+            return frame
+        # Neighbouring columns shut together, or the rest of the teeth would stand there like pickets.
+        spread = cv2.GaussianBlur(cv2.dilate(need.reshape(1, -1), np.ones((1, 5), np.uint8)), (9, 1), 2.0)
+        need = np.asarray(spread[0], np.float32)
+        back = alignment.inverse.astype(np.float32)
+        colours = []
+        for edge in (upper - _LIP_PX, lower + _LIP_PX):
+            x, y = (_row(source_map[..., i], edge) for i in (0, 1))
+            lip_x, lip_y = (back[i, 0] * x + back[i, 1] * y + back[i, 2] for i in (0, 1))
+            lips = cv2.remap(frame, lip_x[None], lip_y[None], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            # Widely averaged: where teeth stand out beyond the edge of a lip, its neighbours have the colour.
+            colours.append(cv2.blur(lips.astype(np.float32), (31, 1))[0])
+        rows = columns[:, None]
+        u = np.clip((rows - upper) / np.maximum(lower - upper, 1), 0, 1)[..., None]
+        shade = 1 - _SEAM_SHADE * np.sin(np.pi * u) ** 2
+        paint = (colours[0] + u * (colours[1] - colours[0])) * shade
+        weight = need * _ramp(rows - upper, -_LIP_PX, 0) * _ramp(lower - rows, -_LIP_PX, 0)
+        inside = source_map[int(upper.min()) - 8 : int(lower.max()) + 9, 30:130].reshape(-1, 2)
+        box = clipped_box(inside @ back[:, :2].T + back[:, 2], 2, (frame.shape[0], frame.shape[1]))
+        if box is None:
+            return frame
+        on_canvas = self._on_canvas(source_map, alignment, box)
+        layers: Float = np.concatenate([paint, weight[..., None]], -1).astype(np.float32)
+        at_x, at_y = on_canvas[..., 0], on_canvas[..., 1]
+        layers = np.asarray(cv2.remap(layers, at_x, at_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT), np.float32)
+        sealed = frame.copy()
+        part = sealed[box[1] : box[3], box[0] : box[2]]
+        part[:] = part + layers[..., 3:] * (layers[..., :3] - part) + 0.5
+        return sealed
+
+    def _on_canvas(self, target_map: Float, alignment: Alignment, box: tuple[int, int, int, int]) -> Float:
+        """Where each source px of a box lies on the canvas: [h, w, 3] as (x, y, 1), (.., .., < 1) beyond it."""
+        inverse, origin = self._invert(target_map)
+        px, py = _pixels(box)
+        m = alignment.matrix.astype(np.float32)
+        crop_x = m[0, 0] * px + m[0, 1] * py + (m[0, 2] - origin[0])
+        crop_y = m[1, 0] * px + m[1, 1] * py + (m[1, 2] - origin[1])
+        found = cv2.remap(
+            inverse, crop_x, crop_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(-1, -1, 0)
+        )
+        return np.asarray(found, np.float32)
 
     def _box(self, target_map: Float, alignment: Alignment, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
         """Even-aligned source rectangle that holds the mask, clipped to the picture."""

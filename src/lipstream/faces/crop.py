@@ -24,13 +24,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lipstream.faces.canvas import Alignment, FaceCanvas, shrunk_for_reading
+from lipstream.faces.canvas import CANVAS_PX, Alignment, FaceCanvas, Float, shrunk_for_reading
 from lipstream.faces.composite import Patch, clipped_box
 from lipstream.faces.mouth_mask import MouthMask
 from lipstream.faces.official import ALIGNED_PX, CROP_HEIGHT, CROP_WIDTH, FILL, anchor_similarity, mesh_anchors
 
 FRAMING_PIXEL_FRAMES = 25  # the framing is a mean over one second
 FEATHER_PX = 28.0  # of the 512 px crop
+_COVER_CELL_PX = 8  # of the 512 px crop: finer than what covers a face is known
 _SQUEEZE_X, _SQUEEZE_Y = ALIGNED_PX / CROP_WIDTH, ALIGNED_PX / CROP_HEIGHT
 
 
@@ -106,6 +107,32 @@ def read_crop(frame: NDArray[np.uint8], alignment: Alignment) -> NDArray[np.uint
     return np.asarray(crop, np.uint8)
 
 
+def covered_on_crop(covered: Float, places: Float, alignment: Alignment) -> Float:
+    """Where something stands before the face, [512, 512] of the crop in 0..1.
+
+    Beyond the canvas, which ends sooner than the mouth mask, it goes on as at the canvas' rim.
+
+    Args:
+        covered: the same on the face canvas, [CANVAS_PX, CANVAS_PX], see `faces.occlusion`.
+        places: [CANVAS_PX, CANVAS_PX, 2] source px of the canvas' pixels.
+    """
+    matrix, cells = squeezed_matrix(alignment), ALIGNED_PX // _COVER_CELL_PX
+    on_crop = (places.reshape(-1, 2) @ matrix[:, :2].T + matrix[:, 2] + 0.5) / _COVER_CELL_PX
+    inside = ((on_crop >= 0) & (on_crop < cells)).all(1)
+    x, y = on_crop[inside].astype(np.int64).T
+    count = np.bincount(y * cells + x, minlength=cells * cells)
+    total = np.bincount(y * cells + x, covered.ravel()[inside], cells * cells)
+    mean = (total / np.maximum(count, 1)).reshape(cells, cells).astype(np.float32)
+    # The canvas as a plane: which of its pixels is nearest to a cell that none of them falls into.
+    some = np.c_[on_crop, np.ones(len(on_crop))][:: CANVAS_PX + 7]
+    rows, columns = np.divmod(np.arange(len(on_crop))[:: CANVAS_PX + 7], CANVAS_PX)
+    plane = np.linalg.lstsq(some, np.c_[columns, rows], rcond=None)[0]
+    grid = np.stack(np.meshgrid(np.arange(cells) + 0.5, np.arange(cells) + 0.5), -1)
+    near = np.clip(np.round(grid @ plane[:2] + plane[2]), 0, CANVAS_PX - 1).astype(np.int64)
+    mean = np.where(count.reshape(cells, cells) > 0, mean, covered[near[..., 1], near[..., 0]])
+    return np.asarray(cv2.resize(mean, (ALIGNED_PX, ALIGNED_PX), interpolation=cv2.INTER_LINEAR), np.float32)
+
+
 class CropCompositor:
     """Puts the mouth of generated crops back into their frames.
 
@@ -120,7 +147,12 @@ class CropCompositor:
         self._corners = np.array([(left, top), (right, top), (left, bottom), (right, bottom)], np.float64)
 
     def __call__(
-        self, frame: NDArray[np.uint8], alignment: Alignment, generated: NDArray[np.uint8], strength: float = 1.0
+        self,
+        frame: NDArray[np.uint8],
+        alignment: Alignment,
+        generated: NDArray[np.uint8],
+        strength: float = 1.0,
+        covered: Float | None = None,
     ) -> Patch | None:
         """Render one frame's new mouth.
 
@@ -129,6 +161,7 @@ class CropCompositor:
             alignment: the frame's own, also where the crop was generated for a neighbour frame.
             generated: [512, 512, 3] uint8.
             strength: how much of it shows, 0..1: less in a fade.
+            covered: [512, 512] in 0..1, where something stands before the face and has to stay in front.
 
         Returns:
             The patch, or None where the mouth lies outside the picture.
@@ -141,7 +174,8 @@ class CropCompositor:
         m = matrix.astype(np.float32)
         px, py = np.meshgrid(np.arange(x0, x1, dtype=np.float32), np.arange(y0, y1, dtype=np.float32))
         on_crop = np.stack([m[i, 0] * px + m[i, 1] * py + m[i, 2] for i in (0, 1)], -1)
-        weight = cv2.remap(self._weight, on_crop[..., 0], on_crop[..., 1], cv2.INTER_LINEAR)[..., None]
+        shown = self._weight if covered is None else self._weight * (1 - covered)
+        weight = cv2.remap(shown, on_crop[..., 0], on_crop[..., 1], cv2.INTER_LINEAR)[..., None]
         picture, on_picture = shrunk_for_reading(generated, on_crop, alignment.scale * _SQUEEZE_X)
         mouth = cv2.remap(
             picture, on_picture[..., 0], on_picture[..., 1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE

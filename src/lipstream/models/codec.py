@@ -364,6 +364,15 @@ class PocketCodec(StreamingModule[CodecState]):
         cells = self.shape.decode(rearrange(z[:, : self.config.shape_channels], "n k h w -> n h w k"))
         return rearrange(cells, "n gy gx (f d y x) -> n f (gy y) (gx x) d", f=FRAMES_PER_LATENT, d=2, y=s, x=s)
 
+    def still(self, z: Tensor) -> Tensor:
+        """z [N, K, g, g] without the movement of the shape within its four frames; texture stays.
+
+        What is shown again and again (a closed mouth) would otherwise repeat the movement that it was taken from.
+        """
+        mean = self.decode_fields(z).mean(1, keepdim=True).expand(-1, FRAMES_PER_LATENT, -1, -1, -1)
+        shape = rearrange(self.shape.encode(self.shape_cells(mean)), "n h w k -> n k h w")
+        return torch.cat([shape, z[:, self.config.shape_channels :]], 1)
+
     def decode_texture(self, z: Tensor) -> Tensor:
         """[N, K, grid, grid] -> linear texture of the paint box [N, 4, 3, h, w] (no painter)."""
         (top, bottom), (left, right) = self.config.paint_rows, self.config.paint_cols
