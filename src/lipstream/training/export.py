@@ -1,6 +1,6 @@
 """Turn training runs into a model folder that ``LipSync.from_pretrained`` reads (half precision, averaged weights).
 
-python -m lipstream.training.export FOLDER --codec RUN --forcing RUN --speech speech.safetensors --guidance 2.3
+python -m lipstream.training.export FOLDER --codec RUN --forcing RUN --speech speech.safetensors --guidance 2.0
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="audio guidance shipped with the DiT; --forcing needs it")
     arguments = parser.parse_args()
     if arguments.forcing is not None and arguments.guidance is None:
-        parser.error("--forcing needs --guidance: the pocket model has 2.3, 1 is none")
+        parser.error("--forcing needs --guidance: the pocket model has 2.0, 1 is none")
     logging.basicConfig(level=logging.INFO)
     export(arguments.folder, arguments.codec, arguments.forcing, arguments.speech, arguments.guidance or 1.0)
 
