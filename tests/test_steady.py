@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -13,13 +15,18 @@ from lipstream.faces.track import FaceTrack
 EYES_PX = 108.0
 
 
-def landmarks() -> np.ndarray:
+@cache
+def rest_face() -> np.ndarray:
     """The canvas' rest face; eyes 108 px apart."""
     canvas, points = FaceCanvas(), np.zeros((468, 3), np.float32)
     points[canvas.ids, :2] = canvas._rest_points
     points[canvas.rigid_ids, :2] = canvas._rigid_points
     points[RIGHT_EYE_CORNER, :2], points[LEFT_EYE_CORNER, :2] = (46, 40), (46 + EYES_PX, 40)
     return points
+
+
+def landmarks() -> np.ndarray:
+    return rest_face().copy()
 
 
 def series(count: int, noise: float = 0.0, move: tuple[float, float] = (0.0, 0.0)) -> list[np.ndarray]:
