@@ -124,6 +124,19 @@ def test_teeth_are_gone_where_the_lips_meet(canvas: FaceCanvas) -> None:
     assert shown[2] == 0, shown
 
 
+def test_the_dark_line_between_closed_lips_stays(canvas: FaceCanvas) -> None:
+    """A mouth that is black inside closes to a dark line, not to one even lip."""
+    landmarks = face(canvas)
+    frame, alignment = laugh(canvas, landmarks), canvas.align(landmarks)
+    frame[frame.min(-1) > 200] = (25, 15, 15)
+    field = canvas.field(landmarks, alignment)
+    blank, gate = np.zeros((CANVAS_PX, CANVAS_PX, 3), np.uint8), np.zeros((CANVAS_PX, CANVAS_PX), np.float32)
+    target = field - np.float32(canvas.lip_rulers()[0][1] - 0.6) * canvas.gaping_field()
+    patch = Compositor(canvas)(frame, alignment, field, target, blank, gate)
+    assert patch is not None
+    assert (patch.rgb.astype(int).max(-1) < 110).sum() > 30  # lips here have 150
+
+
 def test_mask_is_zero_at_the_border_and_one_at_the_mouth() -> None:
     mask = canvas_mask()
     assert max(mask[0].max(), mask[-1].max(), mask[:, 0].max(), mask[:, -1].max()) < 0.02

@@ -29,6 +29,7 @@ _SHUTS = (1.5, 4.0)
 _SHUT = (1.8, 4.0)  # ... where less than this is left open (crop px).
 _LIP_PX = 5.0  # from the edge of the lips, canvas px: there a lip has its own colour
 _SEAM_SHADE = 0.3  # closed lips are darker where they meet
+_PALE = 12.0  # levels above the colour of the lips from which on something is teeth
 
 
 def _ramp(position: Float, start: float, end: float) -> Float:
@@ -218,7 +219,8 @@ class Compositor:
     ) -> NDArray[np.uint8]:
         """The frame, with the inside of its mouth painted as lips where these meet in the target.
 
-        However an open mouth is pressed shut, its teeth would stay between the lips as a bright line.
+        However an open mouth is pressed shut, its teeth would stay between the lips as a bright line. What is darker
+        than the lips stays.
         """
         upper, lower = self._edges
         columns = np.arange(CANVAS_PX, dtype=np.float32)
@@ -253,7 +255,9 @@ class Compositor:
         layers = np.asarray(cv2.remap(layers, at_x, at_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT), np.float32)
         sealed = frame.copy()
         part = sealed[box[1] : box[3], box[0] : box[2]]
-        part[:] = part + layers[..., 3:] * (layers[..., :3] - part) + 0.5
+        # Only what is paler than the lips: the dark line between closed lips belongs there.
+        pale = _ramp(part.mean(-1, dtype=np.float32) - layers[..., :3].mean(-1), 0, _PALE)[..., None]
+        part[:] = part + pale * layers[..., 3:] * (layers[..., :3] - part) + 0.5
         return sealed
 
     def _on_canvas(self, target_map: Float, alignment: Alignment, box: tuple[int, int, int, int]) -> Float:
