@@ -119,12 +119,12 @@ def test_observer_marks_a_leap_and_another_look() -> None:
     first = CropObserver().step(frame)
     assert first.face is not None and first.view is not None and not first.cut
     face, crop = first.face, first.view
-    assert not module._is_cut(face, crop, face, crop)
-    assert module._is_cut(face, crop, CropFace(face.alignment, face.id + 1), crop)
+    assert not module._moved(face, face) and module.look_change(crop, crop) == 0
+    assert module._moved(face, CropFace(face.alignment, face.id + 1))
     moved = face.alignment.matrix.copy()
     moved[0, 2] += 200
-    assert module._is_cut(face, crop, CropFace(Alignment(moved), face.id), crop)
-    assert module._is_cut(face, crop, face, (crop * 0.5).astype(np.uint8))
+    assert module._moved(face, CropFace(Alignment(moved), face.id))
+    assert module.look_change(crop, (crop * 0.5).astype(np.uint8)) > module.MAX_CHANGE
 
 
 def test_a_frame_without_a_face_passes() -> None:

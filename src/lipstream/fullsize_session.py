@@ -72,7 +72,8 @@ class CropObserver:
         self._steady = LiveSteady() if live else None
         self._frontal = FrontalGate()
         self._cover = Cover()
-        self._before: tuple[CropFace, Crop] | None = None
+        self._face_before: CropFace | None = None
+        self._crop_before: Crop | None = None
 
     @cached_property
     def _tracker(self) -> FaceTracker:
@@ -90,17 +91,13 @@ class CropObserver:
             self._frontal.reset()
         if track is None:
             return Observed(frame, None, None, cut)
-        if self._before is not None and self._before[0].id != track.id:
+        if self._face_before is not None and self._face_before.id != track.id:
             self._aligner.reset()
         face = CropFace(self._aligner.step(track.landmarks), track.id)
-        crop = read_crop(frame.image, face.alignment)
-        if not cut and self._before is not None and _is_cut(*self._before, face, crop):
-            cut = True  # the framing of the face before is no part of this one's
-            self._aligner.reset()
-            face = CropFace(self._aligner.step(track.landmarks), track.id)
-            crop = read_crop(frame.image, face.alignment)
-        self._before = face, crop
-        if cut:
+        if not cut and self._face_before is not None and _moved(self._face_before, face):
+            cut, face = True, self._afresh(track)
+        self._face_before = face
+        if cut:  # a change of looks alone is none here: it may be a hand
             self._cover.reset()
         frontal = self._frontal.step(track.landmarks)
         alignment = self._canvas.align(track.landmarks)
@@ -108,20 +105,28 @@ class CropObserver:
         covered, share = self._cover.step(self._canvas.texture(frame.image, field, alignment), frontal)
         if not frontal or share > MAX_COVERED:
             return Observed(frame, None, None, cut)
+        crop = read_crop(frame.image, face.alignment)
+        if not cut and self._crop_before is not None and look_change(self._crop_before, crop) > MAX_CHANGE:
+            cut, face = True, self._afresh(track)
+            self._face_before, crop = face, read_crop(frame.image, face.alignment)
+        self._crop_before = crop
         face = replace(face, seen=Face(alignment, field, track.id, covered))
         return Observed(frame, face, crop, cut)
 
+    def _afresh(self, track: FaceTrack) -> CropFace:
+        """The face after a cut: the framing of the one before is no part of its own."""
+        self._aligner.reset()
+        return CropFace(self._aligner.step(track.landmarks), track.id)
 
-def _is_cut(face_before: CropFace, crop_before: Crop, face: CropFace, crop: Crop) -> bool:
-    """Whether it is another face, or it leapt (the old crop's nose seen in the new crop), or looks different."""
+
+def _moved(face_before: CropFace, face: CropFace) -> bool:
+    """Whether it is another face, or it leapt (the old crop's nose seen in the new crop)."""
     if face_before.id != face.id:
         return True
     nose = TEMPLATE[2]
     before, now = face_before.alignment.inverse, face.alignment.matrix
     moved = now[:, :2] @ (before[:, :2] @ nose + before[:, 2]) + now[:, 2] - nose
-    if np.hypot(moved[0], moved[1]) > MAX_JUMP_CROP_PX:
-        return True
-    return look_change(crop_before, crop) > MAX_CHANGE
+    return bool(np.hypot(moved[0], moved[1]) > MAX_JUMP_CROP_PX)
 
 
 def look_change(before: Crop, after: Crop) -> float:

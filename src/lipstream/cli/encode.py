@@ -76,12 +76,15 @@ def run(args: argparse.Namespace) -> int:
     )
 
     usable_device(args.device)
-    mouth_mask(args.mask)
-    for option, path in (("--vae", args.vae), ("--speech", args.speech)):
+    if not args.data.exists():
+        raise UsageError(f"{args.data}: no such folder or list; `lipstream prepare` makes one")
+    own_mask = [("--mask", Path(args.mask))] if args.mask != "built-in" else []
+    for option, path in (("--vae", args.vae), ("--speech", args.speech), *own_mask):
         if not path.exists():
             raise UsageError(f"{path}: no such file; `lipstream pull lipforcing-14b` fetches it, or name it ({option})")
+    mouth_mask(args.mask)
     place = args.data if args.data.is_dir() else args.data.parent
-    if (place / "shards").is_dir():
+    if args.data.is_dir() and (place / "shards").is_dir():
         waiting = pack.packed_names(place, "webdataset") - pack.packed_names(place, "folders")
         if waiting and args.dry_run:
             print(f"{len(waiting)} samples of the shards would be laid down in {place / 'samples'} and encoded")
@@ -103,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         config=config, vae=args.vae, speech=args.speech, prompts=prompts.complete(wanted), device=args.device,
         gpus=gpus_of(args),
     )  # fmt: skip
+    (place / "encoded.txt").unlink(missing_ok=True)  # it names whole samples only: nothing while some are replaced
     gpus = 1 if args.device.startswith("cuda") else 0
     summary = run_all(args, jobs, report, batch, factory, standing=encoded_stands, gpus=gpus)
     status = say(summary, report, "encoded")

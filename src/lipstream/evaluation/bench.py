@@ -1,6 +1,6 @@
 """`lipstream bench`: how fast a flavour runs on this machine, with definitions that can be compared.
 
-- live FPS: pixel in to pixel out, chunks 3 and later: encode, audio, two calls, clean pass, decode, copy to the host.
+- live FPS: pixel in to pixel out, chunks 3 and later: encode, audio, the calls, clean pass, decode, copy to the host.
 - prepared FPS: the same with the source's latents given.
 - core FPS, only where the codec is missing: audio pack, calls, clean pass and copying the latents.
 - TTFF (time to first frame): from the first chunk's input in memory to its frames in host memory, warm; the clean pass
@@ -398,7 +398,8 @@ def _branches(parts: BenchParts) -> list[int]:
 def _table(parts: BenchParts, config: BenchConfig, clock: Clock) -> list[StageFigures]:
     flops: dict[str, int | None] = {**_dit_flops(parts, config), **_codec_flops(parts)}
     rows = []
-    for stage in STAGES:
+    calls = len(parts.times) - 1
+    for stage in (s for s in STAGES if not s.startswith("call ") or int(s.removeprefix("call ")) <= calls):
         wall, cpu = (statistics.median(times[stage]) if stage in times else None for times in (clock.wall, clock.cpu))
         work = flops.get(stage) if wall is not None else None
         rows.append(

@@ -282,6 +282,8 @@ class Splice:
     def write(self, frame: SourceFrame, *, unchanged: bool) -> list[VideoPacket]:
         """Take the next frame; the packets that are ready, in the order of decoding, with decoding times."""
         self._tick(frame)
+        # A damaged frame was concealed with pictures that will not stand before it in the result.
+        unchanged = unchanged and not frame.stored.is_corrupt
         if not self._held:
             self._group = self._source.at(frame.pts, self._depth)
             self.problem = self._group.problem if self._group and self._group.problem else self.problem

@@ -330,6 +330,10 @@ class VideoWriter:
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return MediaError(self.path, f"cannot be written (no permission in {folder})", "choose another folder")
         reason = getattr(error, "strerror", None) or str(error)
+        if number == errno.EINVAL:
+            return MediaError(
+                self.path, f"cannot be written ({reason})", "a sound may be damaged: convert the speech to WAV first"
+            )
         return MediaError(self.path, f"cannot be written ({reason})", "check the disk and the folder")
 
 

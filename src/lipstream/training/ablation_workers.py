@@ -83,6 +83,8 @@ class Budget:
         if absent:
             raise ValueError(f"{file}: {absent[0]} does not exist")
         cache = Path(given["cache"]) if given.get("cache") else None
+        if not isinstance(given.get("changes", {}), Mapping):
+            raise ValueError(f"{file}: changes must be an object of DistillConfig's fields, not {given['changes']!r}")
         no_field = sorted(set(given.get("changes", {})) - {field.name for field in dataclasses.fields(DistillConfig)})
         if no_field:
             raise ValueError(f"{file}: changes names {no_field[0]!r}, which is no field of DistillConfig")

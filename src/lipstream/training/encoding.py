@@ -159,6 +159,7 @@ def encode_folder(
         AUDIO: lambda: {"audio_emb": encoder.speech_rows(samples, frames)},
         TEXT: lambda: prompts[prompt].padded().clone(),
     }
+    (folder / DONE).unlink(missing_ok=True)  # from here on the old parts are replaced one by one
     for name, make in parts.items():
         part = target.with_name(name)  # in the hidden folder beside
         torch.save(make(), part)

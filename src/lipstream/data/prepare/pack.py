@@ -184,6 +184,7 @@ def unpack(out: Path) -> None:
     """Lay the samples of a data set's shards down as the official folders, beside the shards.
 
     What is there as it is in the shards stays; what is there in another version, or no longer in them, is replaced.
+    Folders that `lipstream prepare` did not make (their description names no source) are not touched.
     """
     place = out / "samples"
     place.mkdir(exist_ok=True)
@@ -192,7 +193,8 @@ def unpack(out: Path) -> None:
     now = {line.pop("name"): line for line in _abouts(out, "webdataset")}
     for line in _abouts(out, "folders"):
         name = line.pop("name")
-        if line != {key: value for key, value in now.get(name, {}).items() if key != "shard"}:
+        made_here = name in now or "source_sha256" in line
+        if made_here and line != {key: value for key, value in now.get(name, {}).items() if key != "shard"}:
             _drop(out, "folders", {name})
     for name, members in _samples(_shards(out), packed_names(out, "folders")):
         _place_folder(out, name, members)
@@ -205,8 +207,8 @@ def _abouts(out: Path, form: Format) -> Iterator[dict[str, Any]]:
             for line in _told(shard):
                 yield {"name": line.pop("name"), "shard": f"shards/{shard.name}"} | line
     elif form == "folders":
-        for path in sorted((out / "samples").glob("[!.]*")):
-            yield {"name": path.name} | json.loads((path / "about.json").read_text())
+        for path in sorted((out / "samples").glob("[!.]*/about.json")):
+            yield {"name": path.parent.name} | json.loads(path.read_text())
     else:
         for path in sorted(out.glob("[!.]*.npz")):
             yield {"name": path.stem} | json.loads(path.with_suffix(".json").read_text())
