@@ -127,7 +127,7 @@ def test_damaged_sources_are_written_as_far_as_they_go(tmp_path: Path) -> None:
         for now, before in zip(VideoReader(tmp_path / "out.mp4"), shown, strict=True):
             if now.index not in (15, 31):  # which were changed
                 worse = np.abs(now.image.astype(np.int16) - before).mean()
-                # Concealment that the decoder does not own up to costs some; another picture's remains cost 40 and more.
+                # Concealment that the decoder does not own up to costs some; remains of another picture cost 40.
                 assert worse < 25, f"damage {number}, frame {now.index}: {worse:.1f}"
 
 
