@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         config=config, vae=args.vae, speech=args.speech, prompts=prompts.complete(wanted), device=args.device,
         gpus=gpus_of(args),
     )  # fmt: skip
-    (place / "encoded.txt").unlink(missing_ok=True)  # it names whole samples only: nothing while some are replaced
+    if args.data.resolve() != (place / "encoded.txt").resolve():  # which names whole samples only: no longer now
+        (place / "encoded.txt").unlink(missing_ok=True)
     gpus = 1 if args.device.startswith("cuda") else 0
     summary = run_all(args, jobs, report, batch, factory, standing=encoded_stands, gpus=gpus)
     status = say(summary, report, "encoded")

@@ -30,7 +30,9 @@ if TYPE_CHECKING:  # torch and the face networks load only for the sub-command t
 
 def add_parser(subparsers: Any) -> None:
     """Add `evaluate` and its sub-commands to the main parser's sub-parsers."""
-    evaluate = subparsers.add_parser("evaluate", help="measure a model: sync, codec, fidelity, speed, drift, torture")
+    evaluate = subparsers.add_parser(
+        "evaluate", help="measure a model: sync, syncnet, codec, fidelity, speed, drift, jitter, torture"
+    )
     actions = evaluate.add_subparsers(dest="evaluate_command", required=True, metavar="FIGURE")
     sync = actions.add_parser("sync", help="lips against speech: own speech onto the time-reversed picture")
     sync.add_argument("clips", type=Path, nargs="+", metavar="CLIP", help="25 fps videos with their own speech")

@@ -37,7 +37,14 @@ from lipstream.models.attention import Backend, available_backends, choose_backe
 from lipstream.options import OptionError
 
 STEADY_CHUNK = 2  # the third chunk is the first whose window is full
-STAGES = ("encode", "audio", "call 1", "call 2", "clean", "decode", "copy")
+
+
+def stage_names(calls: int) -> tuple[str, ...]:
+    """Names of a chunk's stages, in their order."""
+    return ("encode", "audio", *(f"call {number}" for number in range(1, calls + 1)), "clean", "decode", "copy")
+
+
+STAGES = stage_names(2)
 DEADLINE_SECONDS = CHUNK_PIXEL_FRAMES / MODEL_FPS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -398,8 +405,7 @@ def _branches(parts: BenchParts) -> list[int]:
 def _table(parts: BenchParts, config: BenchConfig, clock: Clock) -> list[StageFigures]:
     flops: dict[str, int | None] = {**_dit_flops(parts, config), **_codec_flops(parts)}
     rows = []
-    calls = len(parts.times) - 1
-    for stage in (s for s in STAGES if not s.startswith("call ") or int(s.removeprefix("call ")) <= calls):
+    for stage in stage_names(len(parts.times) - 1):
         wall, cpu = (statistics.median(times[stage]) if stage in times else None for times in (clock.wall, clock.cpu))
         work = flops.get(stage) if wall is not None else None
         rows.append(

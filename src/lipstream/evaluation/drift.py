@@ -12,19 +12,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-import av
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from lipstream.evaluation.fidelity import StreamingSynchroniser, SyncedLike
 from lipstream.evaluation.opening import mouth_opening
 from lipstream.evaluation.sharpness import mouth_box, mouth_sharpness
-from lipstream.evaluation.speed import write_wav
+from lipstream.evaluation.speed import square, write_squares, write_wav
 from lipstream.faces.likeness import SAME, difference, looks_of
 from lipstream.faces.track import FaceTracker
 from lipstream.media.opening import MediaError
@@ -35,7 +32,6 @@ from lipstream.options import SyncOptions
 
 COMPARED_SECONDS = 5
 LONGEST_TURN_FRAMES = 125  # of the clip, one way; they are held in memory
-SIDE_PX = 512
 
 Means = NDArray[np.float64]
 
@@ -87,30 +83,16 @@ def write_periodic(clip: Path, audio: Path, folder: Path, seconds: int) -> tuple
     """(video, speech, period in frames): a 512 px 25 fps lossless video and speech that repeat with one period.
 
     Raises:
-        MediaError: less than two frames, or less speech than one period.
+        MediaError: less than two frames, or no speech.
     """
-    turn = []
-    for frame in VideoReader(clip):
-        side = min(frame.image.shape[:2])
-        top, left = ((length - side) // 2 for length in frame.image.shape[:2])
-        turn.append(cv2.resize(frame.image[top : top + side, left : left + side], (SIDE_PX, SIDE_PX)))
-        if len(turn) == LONGEST_TURN_FRAMES:
-            break
+    turn = [square(frame.image) for frame in islice(VideoReader(clip), LONGEST_TURN_FRAMES)]
     if len(turn) < 2:
         raise MediaError(clip, "has one frame", "give a clip of some seconds")
     there_and_back = [*range(len(turn)), *range(len(turn) - 2, 0, -1)]
     period = len(there_and_back)
     video, sound = folder / "periodic.mp4", folder / "periodic.wav"
-    with av.open(str(video), "w") as container:
-        stream = container.add_stream("libx264", rate=MODEL_FPS, options={"crf": "0", "preset": "ultrafast"})
-        stream.width = stream.height = SIDE_PX
-        stream.pix_fmt = "yuv420p"
-        for index in range(seconds * MODEL_FPS):
-            image = np.asarray(turn[there_and_back[index % period]], np.uint8)
-            picture = av.VideoFrame.from_ndarray(image, format="rgb24")
-            picture.pts, picture.time_base = index, Fraction(1, MODEL_FPS)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
+    shown = (turn[there_and_back[index % period]] for index in range(seconds * MODEL_FPS))
+    write_squares(shown, video, crf=0, preset="ultrafast")
     speech = load_speech(audio)
     wanted = period * SPEECH_RATE // MODEL_FPS
     once = np.tile(speech, -(-wanted // len(speech)))[:wanted]
@@ -132,10 +114,11 @@ def measure_drift(
         compared = compared_seconds * MODEL_FPS
         later = (seconds * MODEL_FPS - compared) // period * period
         if later < compared:
+            least = -(-compared // period) * period + compared
             raise ValueError(
                 f"{seconds} s are too short: the clip repeats every {period / MODEL_FPS:g} s, and its last "
                 f"{compared_seconds} s are compared with the first; take at least "
-                f"{-(-max(period, compared) // MODEL_FPS) + compared_seconds} s"
+                f"{-(-least // MODEL_FPS)} s"
             )
         synced = sync.stream(video, sound, options=SyncOptions())
         first = stretch(islice(synced, compared))

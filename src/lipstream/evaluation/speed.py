@@ -13,15 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 import av
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from lipstream.media.bounce import BouncingReader
 from lipstream.media.opening import MediaError
@@ -93,22 +95,31 @@ def write_input(clip: Path, audio: Path, folder: Path, seconds: int, side_px: in
     sound = folder / f"speech_{seconds}s.wav"
     write_wav(np.tile(speech, -(-samples // len(speech)))[:samples], sound)
     video = folder / f"video_{seconds}s.mp4"
-    frames = seconds * MODEL_FPS
-    with av.open(str(video), "w") as container:
-        stream = container.add_stream("libx264", rate=MODEL_FPS, options={"crf": "18", "preset": "veryfast"})
+    shown = islice(BouncingReader(VideoReader(clip), (seconds + 60) * 4 * SPEECH_RATE), seconds * MODEL_FPS)
+    write_squares((square(frame.image, side_px) for frame in shown), video, side_px)
+    return video, sound
+
+
+def square(image: NDArray[np.uint8], side_px: int = SIDE_PX) -> NDArray[np.uint8]:
+    """The middle square of a picture [H, W, 3], scaled to [side_px, side_px, 3]."""
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    return np.asarray(cv2.resize(image[top : top + side, left : left + side], (side_px, side_px)), np.uint8)
+
+
+def write_squares(
+    images: Iterable[NDArray[np.uint8]], path: Path, side_px: int = SIDE_PX, *, crf: int = 18, preset: str = "veryfast"
+) -> None:
+    """Pictures [side_px, side_px, 3] as a 25 fps H.264 video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=MODEL_FPS, options={"crf": str(crf), "preset": preset})
         stream.width = stream.height = side_px
         stream.pix_fmt = "yuv420p"
-        shown = iter(BouncingReader(VideoReader(clip), (seconds + 60) * 4 * SPEECH_RATE))
-        for index in range(frames):
-            image = next(shown).image
-            side = min(image.shape[:2])
-            top, left = ((length - side) // 2 for length in image.shape[:2])
-            square = cv2.resize(image[top : top + side, left : left + side], (side_px, side_px))
-            frame = av.VideoFrame.from_ndarray(np.asarray(square, np.uint8), format="rgb24")
+        for index, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, MODEL_FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    return video, sound
 
 
 def write_wav(samples: np.ndarray[tuple[int, ...], np.dtype[np.float32]], path: Path) -> None:
