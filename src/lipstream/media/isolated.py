@@ -102,16 +102,8 @@ class IsolatedReader(VideoReader):
             for slot, index, pts, duration, tags in process.frames(seek_pts):
                 stored = process.picture(slot)
                 stored.color_range, stored.colorspace, stored.color_primaries, stored.color_trc = tags
-                stored.pts, stored.time_base, stored.duration = pts, self.time_base, duration
                 process.free()
-                yield SourceFrame(
-                    index=index,
-                    pts=pts,
-                    duration_pts=duration,
-                    time_base=self.time_base,
-                    stored=stored,
-                    orientation=self.orientation,
-                )
+                yield self._timed(stored, index, pts, duration)
             broken = False
         except GeneratorExit:  # wanted no further
             broken = False

@@ -238,7 +238,9 @@ class VideoReader:
                 f"changes its size from {self.stored_size} to {(decoded.width, decoded.height)}",
                 "re-encode it to one size first",
             )
-        stored = self._working_frame(decoded)
+        return self._timed(self._working_frame(decoded), index, pts, duration)
+
+    def _timed(self, stored: av.VideoFrame, index: int, pts: int, duration: int) -> SourceFrame:
         stored.pts, stored.time_base, stored.duration = pts, self.time_base, duration
         return SourceFrame(
             index=index,
